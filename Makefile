@@ -1,0 +1,50 @@
+# The only entrance: `make install demo lint test bench`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+unexport PYTHONPATH
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+.PHONY: help install demo lint test bench clean
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+# The environment is made once and made again when what it is made from changes.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt maturin $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*(repr(d) for d in p["project"]["dependencies"] + p["dependency-groups"]["dev"]))')
+	touch $@
+
+$(BIN)/.built: $(BIN)/.installed $(RUST_SOURCES)
+	$(BIN)/maturin develop --release --skip-install --quiet 2>/dev/null || $(BIN)/maturin develop --release
+	touch $@
+
+install: $(BIN)/.built ## make .venv and build the extension in release mode
+
+demo: install ## train and score an oracle on the embedded demo world (two minutes)
+	$(BIN)/ao demo
+
+lint: install ## formatting, lints, types, stub
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches
+	$(BIN)/basedpyright --level error
+	$(BIN)/python -m mypy.stubtest ao._ao
+
+test: lint ## everything that CI checks
+	cargo test --quiet
+	$(BIN)/python -m pytest
+
+bench: install ## every benchmark, one table
+	cargo bench --quiet
+	$(BIN)/python -m benches
+
+clean: ## remove what was built
+	rm -rf $(VENV) target runs python/ao/_ao*.so
