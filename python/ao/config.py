@@ -142,6 +142,8 @@ class ContextPredictionSource(SourceBase):
     """Tokens to predict."""
     direction: Literal["both", "next", "previous"] = "both"
     """Which side of the read tokens is asked for; both: half and half."""
+    max_context_tokens: int = 512
+    """Longer documents are cut to their first tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
