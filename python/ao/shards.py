@@ -1,0 +1,193 @@
+"""Packed data sets, read by mapping: no copy, no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ao import _ao
+from ao.manifest import read_manifest, require_match
+
+SCHEMA = 1
+"""Version of the manifest and of the shards."""
+KINDS = ("base", "adapter", "difference")
+"""What is read of the target: its base weights, its adapter, or the adapter minus the base."""
+
+_DTYPES = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+_REMEDY = "rerun ao-pack or load the model named in manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datapoint:
+    """One tokenized, aligned training example; its arrays are read-only views into the shard.
+
+    T input tokens, P placeholders, C context tokens. `placeholders`, `layers` and `read_positions` are parallel:
+    placeholder p of the prompt stands for the output of layer `layers[p]` at context token `read_positions[p]`.
+    """
+
+    id: str
+    """The example's id, plus `@L{layer}` where each layer makes a datapoint."""
+    source: str
+    """Name of the source."""
+    input_ids: np.ndarray
+    """Prompt and answer, int32 [T]."""
+    answer_start: int
+    """Index in `input_ids` of the first answer token."""
+    placeholders: np.ndarray
+    """Indices into `input_ids`, int32 [P]."""
+    layers: np.ndarray
+    """Block indices from 0, int16 [P]."""
+    context_ids: np.ndarray
+    """What the target reads, up to the last position that is read, int32 [C]."""
+    read_positions: np.ndarray
+    """Indices into `context_ids`, int32 [P]."""
+    question: str
+    """Question as text."""
+    answer: str
+    """Answer as text."""
+    kind: str
+    """One of `KINDS`."""
+    meta: dict[str, Any]
+    """The example's `meta`."""
+
+
+class _Shard:
+    def __init__(self, path: Path, *, num_bytes: int, num_datapoints: int) -> None:
+        size = path.stat().st_size
+        if size != num_bytes:
+            raise ValueError(f"{path}: expected {num_bytes} bytes, got {size}; the shard is damaged, rerun ao-pack")
+        layout = _ao.shard_layout(str(path))
+        with open(path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.arrays = {
+            name: np.frombuffer(mapping, _DTYPES[dtype], count=int(np.prod(shape)), offset=offset).reshape(shape)
+            for name, dtype, shape, offset in layout
+        }
+        found = len(self.arrays["answer_start"])
+        if found != num_datapoints:
+            raise ValueError(
+                f"{path}: manifest.json says {num_datapoints} datapoints, the shard has {found}; rerun ao-pack"
+            )
+        self.sources: list[str] = json.loads(_ao.shard_metadata(str(path)))["sources"]
+
+    def row(self, values: str, offsets: str, index: int) -> np.ndarray:
+        start, stop = self.arrays[offsets][index : index + 2]
+        return self.arrays[values][start:stop]
+
+    def text(self, name: str, index: int) -> str:
+        return self.row(f"{name}_bytes", f"{name}_offsets", index).tobytes().decode()
+
+    def datapoint(self, index: int) -> Datapoint:
+        arrays = self.arrays
+        context_ids = self.row("context_ids", "context_offsets", arrays["context"][index])
+        return Datapoint(
+            id=self.text("id", index),
+            source=self.sources[arrays["source"][index]],
+            input_ids=self.row("input_ids", "input_offsets", index),
+            answer_start=int(arrays["answer_start"][index]),
+            placeholders=self.row("placeholders", "placeholder_offsets", index),
+            layers=self.row("layers", "placeholder_offsets", index),
+            # A context that begins a longer one is stored as that one, and shows only its own tokens.
+            context_ids=context_ids[: arrays["context_length"][index]],
+            read_positions=self.row("read_positions", "placeholder_offsets", index),
+            question=self.text("question", index),
+            answer=self.text("answer", index),
+            kind=KINDS[arrays["kind"][index]],
+            meta=json.loads(self.text("meta", index) or "{}"),
+        )
+
+
+class PackedDataset:
+    """A packed data set as a sequence of Datapoints, with columns for the planner."""
+
+    def __init__(self, folder: Path, *, manifest: dict[str, Any], shards: list[_Shard]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._shards = shards
+        self._starts = np.cumsum([0, *(len(shard.arrays["answer_start"]) for shard in shards)])
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> PackedDataset:
+        """Map the shards of a folder that `ao-pack` wrote.
+
+        Args:
+            path: The folder.
+            verify: Also compare the checksum of every shard.
+
+        Raises:
+            FileNotFoundError: no finished data set is there.
+            ValueError: it is damaged, or of another schema.
+        """
+        folder = Path(path)
+        if not (folder / "manifest.json").is_file():
+            raise FileNotFoundError(f"{folder}: no manifest.json, so no finished data set; make one with ao-pack")
+        manifest = read_manifest(folder / "manifest.json")
+        if (kind := manifest.get("kind"), schema := manifest.get("schema")) != ("packed", SCHEMA):
+            raise ValueError(
+                f"{folder}: expected a packed data set of schema {SCHEMA}, got kind {kind!r}, schema {schema!r}; "
+                "rerun ao-pack with this version of ao"
+            )
+        shards = []
+        for entry in manifest["shards"]:
+            file = folder / entry["file"]
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: missing, though manifest.json lists it; rerun ao-pack")
+            shards.append(_Shard(file, num_bytes=entry["bytes"], num_datapoints=entry["datapoints"]))
+            if verify:
+                _ao.verify_shard(str(file), entry["sha256"])
+        return cls(folder, manifest=manifest, shards=shards)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Datapoint:
+        num = len(self)
+        if not -num <= index < num:
+            raise IndexError(f"{self.folder}: datapoint {index} of {num}")
+        index %= num
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[shard].datapoint(index - int(self._starts[shard]))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Input tokens of each datapoint, int32 [N]."""
+        return self._column(lambda shard: np.diff(shard.arrays["input_offsets"])).astype(np.int32)
+
+    @cached_property
+    def context_lengths(self) -> np.ndarray:
+        """Context tokens of each datapoint, int32 [N]."""
+        return self._column(lambda shard: shard.arrays["context_length"]).astype(np.int32)
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """Number of the stored context that each datapoint refers to, int64 [N]; over all shards, from 0."""
+        first = np.cumsum([0, *(len(shard.arrays["context_offsets"]) - 1 for shard in self._shards)])
+        columns = (start + shard.arrays["context"] for start, shard in zip(first, self._shards, strict=False))
+        return np.concatenate(list(columns)).astype(np.int64)
+
+    def _column(self, column: Any) -> np.ndarray:
+        return np.concatenate([column(shard) for shard in self._shards])
+
+    def require(self, *, oracle: Mapping[str, Any] | None = None, target: Mapping[str, Any] | None = None) -> None:
+        """Refuse models that the data set was not packed for.
+
+        Args:
+            oracle: Fields of the loaded oracle, as `ao.prompt.fingerprints` gives them, or a part of them.
+            target: The same of the target.
+
+        Raises:
+            ValueError: a field differs from the manifest's.
+        """
+        what = f"{self.folder.name}: packed for"
+        if oracle is not None:
+            require_match(what, expected=self.manifest["oracle"], got=oracle, remedy=_REMEDY)
+        if target is not None:
+            what = f"{self.folder.name}: packed for a target with"
+            require_match(what, expected=self.manifest["targets"]["base"], got=target, remedy=_REMEDY)
