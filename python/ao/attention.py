@@ -1,0 +1,153 @@
+"""Attention that knows the documents of a packed row, without a dense mask.
+
+A packed row [1, T] holds several documents one after the other. Registered with transformers as `ao_documents`, the
+function below receives the row's `Documents` as a forward keyword in every layer, lays the documents side by side,
+and runs causal attention inside each. Nothing crosses a border, because no other document is in reach.
+
+Shapes: T tokens of the row, N documents, S longest document, H heads, G key-value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "ao_documents"
+"""Name under which transformers finds the function."""
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the documents of a packed row lie."""
+
+    num: int
+    """Documents in the row."""
+    longest: int
+    """Tokens of the longest."""
+    slots_T: torch.Tensor
+    """For each token of the row its place in the [num * longest] padded layout."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
+        """Documents of these lengths, one after the other."""
+        longest = max(lengths)
+        slots = np.concatenate([index * longest + np.arange(length) for index, length in enumerate(lengths)])
+        return cls(num=len(lengths), longest=longest, slots_T=torch.from_numpy(slots).to(device))
+
+
+def document_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document of a packed row.
+
+    Args:
+        module: the attention module; its `is_causal` must not be False.
+        query: [1, H, T, E]; `key` and `value` [1, G, T, E].
+        attention_mask: must be None; documents replace it.
+        scaling: factor on the scores; 1/sqrt(E) without one.
+        dropout: must be 0, as frozen bases have it.
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        softcap: cap on the scores, as Gemma 2 has it.
+        documents: the row's borders.
+        kwargs: what else the model passes on; attention sinks are refused.
+
+    Returns:
+        [1, T, H, E], and None for the weights.
+
+    Raises:
+        RuntimeError: called without documents, with a mask, or for attention that it does not implement.
+    """
+    if documents is None or attention_mask is not None or query.shape[0] != 1:
+        raise RuntimeError(
+            f"{IMPLEMENTATION}: expected one packed row with its documents and no mask, got a batch of {query.shape[0]}, "
+            f"documents={documents is not None}, mask={attention_mask is not None}; use it inside `packed_rows`"
+        )
+    if dropout or kwargs.get("s_aux") is not None or getattr(module, "is_causal", True) is False:
+        raise RuntimeError(
+            f"{IMPLEMENTATION}: attention dropout, sinks and bidirectional attention are not implemented"
+        )
+    if query.shape[2] != documents.slots_T.shape[0] or key.shape[2] != query.shape[2]:
+        raise RuntimeError(
+            f"{IMPLEMENTATION}: the documents hold {documents.slots_T.shape[0]} tokens, the row {query.shape[2]} queries "
+            f"and {key.shape[2]} keys; a key-value cache must be off"
+        )
+    query, key, value = (_unpack(states, documents) for states in (query, key, value))
+    banded = sliding_window is not None and documents.longest > sliding_window
+    if softcap is None:
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_band(documents.longest, sliding_window, query.device) if banded else None,
+            is_causal=not banded,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+    else:
+        output = _capped_attention(query, key, value, scaling, sliding_window, softcap)
+    output = output.transpose(1, 2).reshape(documents.num * documents.longest, *output.shape[1::2])
+    return output.index_select(0, documents.slots_T).unsqueeze(0), None
+
+
+@contextmanager
+def packed_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's forward takes packed rows with `documents=`; outside its own attention is back."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _unpack(states: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """[1, H, T, E] of a row to [N, H, S, E]; right padding is zero and no real token sees it."""
+    flat = states[0].transpose(0, 1)
+    padded = flat.new_zeros(documents.num * documents.longest, *flat.shape[1:])
+    # index_copy's backward is a plain gather; gathering with repeated indices would scatter-add instead.
+    padded = padded.index_copy(0, documents.slots_T, flat)
+    return padded.view(documents.num, documents.longest, *flat.shape[1:]).transpose(1, 2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[S, S]: True where a query sees a key: not later, and fewer than `window` tokens back."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
+    return scores.float().softmax(dim=-1).to(value.dtype) @ value
+
+
+AttentionInterface.register(IMPLEMENTATION, document_attention)

@@ -1,0 +1,1 @@
+"""Models: loading by structure, and LoRA adapters."""

@@ -1,0 +1,168 @@
+"""The oracle's LoRA adapter: made, saved, loaded from any published layout, and switched on and off with proof."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import nn
+from transformers import PreTrainedModel
+
+from ao.manifest import canonical_json, write_atomic
+from ao.models import arch
+
+NAME = "oracle"
+"""Name of the oracle's adapter on the base."""
+
+_KEY = re.compile(r"layers\.(?P<tail>\d+\..+)\.(?P<part>lora_A|lora_B)(\.[a-z_]+)?\.weight$")
+
+
+def add_adapter(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> PeftModel:
+    """Put a new LoRA on every linear of the blocks; B is zero, so the output is the base's at first."""
+    names = arch.linears(arch.find(model))
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none", task_type="CAUSAL_LM"
+    )
+    return _wrap(model, config, names)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Load an adapter whatever prefix its keys have, and prove that every tensor found its place.
+
+    Raises:
+        FileNotFoundError: the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
+        ValueError: a key fits no block, a tensor is left over or missing, or every B is zero (such an adapter does nothing).
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings.get("modules_to_save"):
+        raise ValueError(
+            f"{folder}: trains whole modules {settings['modules_to_save']}; only LoRA adapters are supported"
+        )
+    path = arch.find(model).layers_path
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, int] = {}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for key in sorted(file.keys()):
+            if any(tower in key for tower in arch.OTHER_TOWERS):
+                continue  # an "all-linear" adapter of a multimodal base; the text path never calls those
+            match = _KEY.search(key)
+            if match is None:
+                raise ValueError(f"{folder}: key {key!r} is no LoRA tensor of a block (layers.N.*.lora_A/B.weight)")
+            name = f"{path}.{match['tail']}"
+            tensors[f"base_model.model.{name}.{match['part']}.weight"] = file.get_tensor(key)
+            modules[name] = 1
+    known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if strangers := sorted(set(modules) - known):
+        raise ValueError(
+            f"{folder}: adapts {strangers[0]!r} and {len(strangers) - 1} more that {type(model).__name__} does not have; "
+            f"it was trained on {settings.get('base_model_name_or_path')!r}"
+        )
+    config = LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings.get("lora_dropout", 0.0),
+        use_rslora=settings.get("use_rslora", False),
+        rank_pattern=settings.get("rank_pattern") or {},
+        alpha_pattern=settings.get("alpha_pattern") or {},
+        target_modules=list(modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    peft = _wrap(model, config, list(modules))
+    result = set_peft_model_state_dict(peft, tensors, adapter_name=NAME)
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{folder}: left over {result.unexpected_keys[:3]}, missing {missing[:3]}")
+    if not any(bool(tensor.any()) for key, tensor in tensors.items() if ".lora_B." in key):
+        raise ValueError(f"{folder}: every lora_B is zero, so the adapter does nothing; it was saved before training")
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(trainable)
+    return peft
+
+
+def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: dict[str, object]) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and, last, `ao_config.json`.
+
+    Keys and `target_modules` are PEFT's own, so that `PeftModel.from_pretrained` reads the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(peft, adapter_name=NAME)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
+    settings = peft.peft_config[NAME].to_dict()
+    settings["base_model_name_or_path"] = base
+    settings["inference_mode"] = True
+    settings["target_modules"] = sorted(
+        {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
+    )
+    write_atomic(folder / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+    write_atomic(folder / "ao_config.json", json.dumps(json.loads(canonical_json(ao_config)), indent=2) + "\n")
+
+
+@contextmanager
+def as_target(model: nn.Module) -> Iterator[None]:
+    """Every forward inside runs on the bare base: in eval mode; the adapter is off, which is checked, and comes back after.
+
+    Raises:
+        RuntimeError: a LoRA layer is still on; its reads would be of the oracle's own edits.
+    """
+    layers = _lora_layers(model)
+    before, was_training = [layer.disable_adapters for layer in layers], model.training
+    model.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        if any(not layer.disable_adapters or layer.merged for layer in layers):
+            raise RuntimeError("the oracle's adapter cannot be switched off: a layer is merged or ignores the switch")
+        yield
+    finally:
+        model.train(was_training)
+        for layer, was_off in zip(layers, before, strict=True):
+            layer.enable_adapters(not was_off)
+
+
+@contextmanager
+def as_oracle(model: nn.Module, *, adapter: bool = True) -> Iterator[None]:
+    """Every forward inside runs with the oracle's adapter, which is checked.
+
+    Args:
+        model: the base with its adapter.
+        adapter: False for the untrained control: the same prompts and injection with the adapter off.
+
+    Raises:
+        RuntimeError: the adapter is missing or off.
+    """
+    if not adapter:
+        with as_target(model):
+            yield
+        return
+    layers = _lora_layers(model)
+    if not layers:
+        raise RuntimeError("the model has no LoRA layer: load or add an oracle adapter before asking it")
+    if any(layer.disable_adapters or list(layer.active_adapters) != [NAME] for layer in layers):
+        raise RuntimeError(f"the adapter {NAME!r} is not the one active adapter on every layer")
+    yield
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> PeftModel:
+    peft = get_peft_model(model, config, adapter_name=NAME)
+    adapted = sum(isinstance(module, LoraLayer) for module in peft.modules())
+    if adapted != len(names):
+        raise ValueError(f"LoRA was to go on {len(names)} linears, but PEFT put it on {adapted}")
+    return peft

@@ -1,0 +1,122 @@
+"""Where a decoder-only model keeps its parts, found by structure and never by the model's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Entries of `config.layer_types` whose only mixer over tokens is attention."""
+
+OTHER_TOWERS = ("vision", "visual", "audio")
+"""Parts of a module's path that mark another modality's tower."""
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's own configuration, also inside a multimodal one."""
+    return config.get_text_config(decoder=True)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The parts of a loaded decoder-only model."""
+
+    decoder: nn.Module
+    """Embeddings, blocks and final norm; returns `last_hidden_state`."""
+    layers: nn.ModuleList
+    """The blocks; layer k is `layers[k]`, its output `hidden_states[k + 1]`."""
+    layers_path: str
+    """Dotted path of the blocks in the model."""
+    head: nn.Module
+    """Maps [*, d_model] to [*, vocab]."""
+    d_model: int
+    """Width of the residual stream."""
+    vocab: int
+    """Rows of the head."""
+    softcap: float | None
+    """Logits are capped to softcap * tanh(logits / softcap) where the configuration says so."""
+    attention_only: bool
+    """True where attention is the one mixer that sees other tokens: documents may then share a row and contexts a prefix."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
+
+
+def find(model: PreTrainedModel) -> Arch:
+    """Find the parts of a model.
+
+    Raises:
+        ValueError: the blocks cannot be found, or their number differs from `num_hidden_layers`.
+    """
+    config = text_config(model.config)
+    num_layers = config.num_hidden_layers
+    decoder = model.get_decoder()
+    candidates = [
+        (name, module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _other_tower(name)
+    ]
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__}: no list of {num_layers} blocks below its decoder {type(decoder).__name__}; "
+            "only decoder-only models with one list of blocks are supported"
+        )
+    name, layers = min(candidates, key=lambda item: item[0].count("."))
+    decoder_path = next(path for path, module in model.named_modules() if module is decoder)
+    path = ".".join(part for part in (decoder_path, name) if part)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: load it with a language-model head")
+    return Arch(
+        decoder=decoder,
+        layers=layers,
+        layers_path=path,
+        head=head,
+        d_model=config.hidden_size,
+        vocab=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        attention_only=_attention_only(config, layers),
+    )
+
+
+def linears(arch: Arch) -> list[str]:
+    """Full names of the linears inside the blocks, in order: what LoRA adapts.
+
+    Routers of mixtures of experts are left out (a linear with one output per expert is one), as are other towers
+    and the head.
+    """
+    num_experts = {
+        int(module.num_experts)
+        for module in arch.layers.modules()
+        if isinstance(getattr(module, "num_experts", None), int)
+    }
+    return [
+        f"{arch.layers_path}.{name}"
+        for name, module in arch.layers.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features not in num_experts and "router" not in name.split(".")
+    ]
+
+
+def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [K, vocab] of final residuals [K, d_model], soft-capped as the model does."""
+    logits_KV = arch.head(resid_KD).float()
+    if arch.softcap is not None:
+        logits_KV = arch.softcap * torch.tanh(logits_KV / arch.softcap)
+    return logits_KV
+
+
+def _other_tower(name: str) -> bool:
+    return any(tower in name for tower in OTHER_TOWERS)
+
+
+def _attention_only(config: PretrainedConfig, layers: nn.ModuleList) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and not set(layer_types) <= ATTENTION_LAYER_TYPES:
+        return False
+    # Convolutions and recurrent state carry other tokens without asking the attention function.
+    return not any(isinstance(module, nn.Conv1d) or hasattr(module, "A_log") for module in layers.modules())

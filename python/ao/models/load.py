@@ -1,0 +1,169 @@
+"""Loading the frozen base, text tower only, in the precision that the recipe asks for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ao.config import ModelConfig
+from ao.models import arch
+from ao.prompt import model_folder
+
+DTYPES = {"nf4": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Computation type by precision."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a recipe means."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return resolved
+
+
+def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
+    """Load a decoder-only language model, frozen, in eval mode, without other modalities' towers.
+
+    Args:
+        config: names the checkpoint, precision and device.
+        which: "base" for `config.name`, "target" for `config.target`.
+
+    Raises:
+        ValueError: a weight is missing or left over, which transformers itself only warns about.
+    """
+    name, revision = (config.name, config.revision) if which == "base" else (config.target, config.target_revision)
+    if name is None:
+        raise ValueError(f"model.{which} names no checkpoint")
+    source = str(model_folder(name, revision)) if name == "demo" or Path(name).is_dir() else name
+    device = resolve_device(config.device)
+    full_config = AutoConfig.from_pretrained(source, revision=revision)
+    text_config = arch.text_config(full_config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        config=text_config,
+        key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
+        dtype=DTYPES[config.precision],
+        device_map={"": device} if config.precision == "nf4" or device.type == "cuda" else None,
+        quantization_config=_quantization(full_config) if config.precision == "nf4" else None,
+        output_loading_info=True,
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(
+            f"{name}: the checkpoint lacks or misshapes weights of {type(model).__name__}: "
+            f"missing {sorted(info['missing_keys'])[:5]}, mismatched {sorted(info['mismatched_keys'])[:5]}; "
+            "the model would answer from random weights"
+        )
+    left_over = [
+        key for key in info["unexpected_keys"] if not any(tower in key for tower in (*arch.OTHER_TOWERS, "mtp"))
+    ]
+    if left_over:
+        raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
+    return freeze(model)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model a frozen base: eval mode, no gradients, no cache by default, and weights that no read changes."""
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    # The backward pass of cuDNN attention returns NaN with an explicit mask on Hopper (torch 2.11 and later).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Otherwise the first forward without gradients repacks the 4-bit weights for good, and gradients go wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def enable_recompute(model: PreTrainedModel) -> None:
+    """Keep only the blocks' inputs for the backward pass and compute the rest again (gradient checkpointing)."""
+    model.enable_input_require_grads()
+    # Renamed in transformers 5.23; the old name warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Let RMS norms run as torch's one fused operation where that gives the same numbers; returns how many.
+
+    A norm is recognized by what it computes: a module whose name ends in RMSNorm, tried on random rows.
+
+    Source: on CPUs the library's norm takes six passes over memory, the fused one two.
+    """
+    fused = 0
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        if eps is None or (weight is not None and weight.dtype != torch.float32):
+            continue
+        width = weight.shape[0] if weight is not None else 64
+        probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(
+            weight.device if weight is not None else "cpu"
+        )
+        with torch.no_grad():
+            expected = module(probe)
+            got = nn.functional.rms_norm(probe, (width,), weight, eps)
+        if torch.allclose(expected, got, rtol=1e-5, atol=1e-6):
+            module.forward = _FusedNorm(module, eps)
+            fused += 1
+    return fused
+
+
+class _FusedNorm:
+    """The forward of a fused norm; the module keeps its weight, so that casting and moving it still work."""
+
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self.module = module
+        self.eps = eps
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self.module, "weight", None)
+        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
+
+
+def _quantization(config: PretrainedConfig) -> object | None:
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # a checkpoint that is quantized already brings its own
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        # Naming modules drops the library's default, the tied head, so it is named again; patterns match whole names.
+        llm_int8_skip_modules=["lm_head", r".*router.*"],
+    )
+
+
+def _text_tower_mapping(source: str, revision: str | None) -> dict[str, str]:
+    """How a multimodal checkpoint's tensor names map to those of the text-only class."""
+    names = _tensor_names(source, revision)
+    for prefix in ("model.language_model.", "language_model.model.", "model.text_model."):
+        if any(name.startswith(prefix) for name in names):
+            return {f"^{re.escape(prefix)}": "model."}
+    raise ValueError(
+        f"{source}: a multimodal checkpoint without a known text tower; its tensors begin {sorted(names)[:3]}"
+    )
+
+
+def _tensor_names(source: str, revision: str | None) -> set[str]:
+    index = cached_file(
+        source, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if index is not None:
+        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    with safe_open(cached_file(source, "model.safetensors", revision=revision), framework="pt") as file:
+        return set(file.keys())

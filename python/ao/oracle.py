@@ -1,0 +1,419 @@
+"""The oracle: read a model's activations, ask about them, and see how far to believe the answer.
+
+Shapes: T tokens, L layers, K vectors, D d_model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+
+from ao import _ao, decode
+from ao.checkpoint import OracleConfig, read_config
+from ao.config import ModelConfig
+from ao.decode import OraclePrompt
+from ao.injection import Injector, check_vectors
+from ao.models import arch as archs
+from ao.models.adapters import as_oracle, load_adapter
+from ao.models.load import fuse_norms, load_model
+from ao.prompt import adapter_folder, framer, resolve_layer
+from ao.residuals import Read, read_vectors
+from ao.selftest import check_model
+
+Context = str | Sequence[dict[str, str]]
+"""Raw text, or chat messages with `role` and `content`."""
+Control = Literal["no_activation", "shuffled", "text"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Residuals of one context, at some layers, of some or all of its tokens.
+
+    Indexing selects tokens: `acts[-10:]`, `acts[3]`, `acts[[0, 5]]`.
+    """
+
+    values: torch.Tensor
+    """Raw residuals [T, L, D]."""
+    layers: tuple[int, ...]
+    """Layer of each column: layer k is the output of block k."""
+    positions: np.ndarray
+    """Index of each token in the context, [T]."""
+    context_ids: np.ndarray
+    """The whole context."""
+    tokens: tuple[str, ...]
+    """Text of each token."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> Activations:
+        chosen = np.arange(len(self))[which]
+        chosen = np.atleast_1d(chosen)
+        if len(chosen) == 0:
+            raise IndexError(f"no token left: {which} of {len(self)} tokens")
+        return replace(
+            self,
+            values=self.values[torch.from_numpy(chosen)],
+            positions=self.positions[chosen],
+            tokens=tuple(self.tokens[index] for index in chosen),
+        )
+
+    def at(self, layer: int) -> torch.Tensor:
+        """Residuals [T, D] of one layer."""
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} was not read; read: {', '.join(map(str, self.layers))}")
+        return self.values[:, self.layers.index(layer)]
+
+    @property
+    def text(self) -> str:
+        """The tokens as text."""
+        return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the oracle said."""
+
+    text: str
+    """The answer; among choices the most probable one."""
+    layer: int
+    """Layer it was read from."""
+    confidence: float | None = None
+    """Probability of the choice among the choices, or share of samples that agree; None for one greedy answer."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Probability of each choice, where there were choices."""
+    control: Answer | None = None
+    """The same question without these activations."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Oracle:
+    """A base model with an oracle adapter, and the target it reads."""
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        target: Any,
+        config: OracleConfig,
+        framer: _ao.Framer,
+    ) -> None:
+        self.config = config
+        self.framer = framer
+        self.model = model
+        self.target = target
+        self.arch = archs.find(model)
+        self.target_arch = archs.find(target)
+        if self.target_arch.d_model != self.arch.d_model or self.target_arch.num_layers != self.arch.num_layers:
+            raise ValueError(
+                f"target: expected {self.arch.num_layers} layers of width {self.arch.d_model} as the oracle's base has, "
+                f"got {self.target_arch.num_layers} of {self.target_arch.d_model}"
+            )
+        self.injector = Injector(
+            self.arch.layers,
+            layer=config.injection_layer,
+            rule=config.injection,
+            scale=config.injection_scale,
+            rescale=config.rescale,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str = "demo",
+        adapter: str | Path = "runs/demo/adapter",
+        *,
+        target: str | None = None,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+        precision: Literal["nf4", "bf16", "fp32"] | None = None,
+        device: str = "auto",
+        injection: str | None = None,
+    ) -> Oracle:
+        """Load base and adapter.
+
+        Args:
+            base: Hub id or folder of the base; "demo" is the embedded target.
+            adapter: folder or Hub id of the adapter with its `ao_config.json`.
+            target: checkpoint to read where that is another, fully tuned model; else the base with the adapter off.
+            revision: of the base.
+            load_in_4bit: NF4 with double quantization.
+            precision: of the frozen weights; bf16 without one ("demo": fp32).
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            injection: rule, for an adapter that records none.
+
+        Raises:
+            ValueError: adapter and base do not fit: another tokenizer or template, layers out of range, missing weights,
+                or an adapter whose B is zero.
+        """
+        precision = precision or ("nf4" if load_in_4bit else "fp32" if base == "demo" else "bf16")
+        model_config = ModelConfig(name=base, revision=revision, target=target, precision=precision, device=device)
+        model = load_model(model_config)
+        target_model = load_model(model_config, which="target") if target else model
+        fuse_norms(model)
+        arch = archs.find(model)
+        folder = adapter_folder(adapter)
+        config = read_config(folder, num_layers=arch.num_layers, injection=injection)
+        text = framer(base, revision)
+        for key, value in config.framing.items():
+            if text.fingerprint.get(key) != value:
+                raise ValueError(
+                    f"{folder}: {key}: trained with {value[:16]}, the loaded base has {text.fingerprint.get(key, 'none')[:16]}; "
+                    f"load the base {config.model!r}"
+                )
+        load_adapter(model, folder)
+        oracle = cls(model=model, target=target_model, config=config, framer=text)
+        check_model(model, arch, [_ids(text.context("A check of the loaded model.").ids)])
+        return oracle
+
+    def read(
+        self,
+        context: Context,
+        layers: Sequence[int | float] | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+    ) -> Activations:
+        """Read a context: the target runs over it, the oracle's adapter off.
+
+        Args:
+            context: text, or messages; a list that ends in a user turn gets the generation prompt.
+            layers: indices (int) or depths (float in [0, 1)); the layers of training without any.
+            positions: tokens to keep; all without any.
+        """
+        import json
+
+        framed = self.framer.context(json.dumps(context))
+        ids = _ids(framed.ids)
+        chosen = (
+            self.config.layers
+            if layers is None
+            else tuple(resolve_layer(layer, self.arch.num_layers) for layer in layers)
+        )
+        where = np.arange(len(ids))[np.asarray(positions)] if positions is not None else np.arange(len(ids))
+        read = Read(ids, np.tile(np.array(chosen), len(where)), np.repeat(where, len(chosen)))
+        values = self.read_vectors([read])[0].view(len(where), len(chosen), -1)
+        spans = np.asarray(framed.token_spans).reshape(-1, 2)
+        text = framed.text.encode()
+        return Activations(
+            values=values,
+            layers=chosen,
+            positions=where,
+            context_ids=ids,
+            tokens=tuple(text[spans[index, 0] : spans[index, 1]].decode(errors="replace") for index in where),
+        )
+
+    @overload
+    def ask(self, activations: Activations, question: str, *, layer: Literal["all"], **kwargs: Any) -> list[Answer]: ...
+    @overload
+    def ask(
+        self, activations: Activations, question: str, *, layer: int | float | None = None, **kwargs: Any
+    ) -> Answer: ...
+
+    def ask(
+        self,
+        activations: Activations,
+        question: str,
+        *,
+        choices: Sequence[str] | None = None,
+        layer: int | float | Literal["all"] | None = None,
+        control: Control | None = "no_activation",
+        other: Activations | None = None,
+        samples: int = 0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+    ) -> Answer | list[Answer]:
+        """Ask a question about activations.
+
+        Args:
+            activations: what to ask about; every token of it takes one placeholder.
+            question: in plain language.
+            choices: restrict the answer to these; gives probabilities and a confidence.
+            layer: index or depth; the adapter's default without one; "all" for an answer each.
+            control: the same question beside it: "no_activation" leaves the hook off, "text" shows the tokens as text
+                instead, "shuffled" injects the activations of `other`; None asks no control.
+            other: another context's activations, for the shuffled control.
+            samples: draw this many answers; the most frequent one counts, its share is the confidence.
+            temperature: of the samples.
+            max_new_tokens: longest generated answer.
+        """
+        if layer == "all":
+            layers = activations.layers
+        elif layer is None:
+            layers = (
+                self.config.default_layer if self.config.default_layer in activations.layers else activations.layers[0],
+            )
+        else:
+            layers = (resolve_layer(layer, self.arch.num_layers),)
+        if control == "shuffled" and other is None:
+            raise ValueError("control: shuffled needs the activations of another context, given as other=")
+        prompts = [self._prompt(question, each, activations.at(each)) for each in layers]
+        answers = self._answer(prompts, layers, choices, samples, temperature, max_new_tokens)
+        if control is None:
+            return answers if layer == "all" else answers[0]
+        beside = []
+        for each, prompt in zip(layers, prompts, strict=True):
+            if control == "text":
+                beside.append(self._prompt(f"{activations.text}\n{question}", each, None, num=len(activations)))
+            elif control == "shuffled" and other is not None:
+                beside.append(replace(prompt, vectors_KD=spread(other.at(each), len(activations))))
+            else:
+                beside.append(replace(prompt, vectors_KD=None))
+        controls = self._answer(beside, layers, choices, samples, temperature, max_new_tokens)
+        both = [replace(answer, control=other_answer) for answer, other_answer in zip(answers, controls, strict=True)]
+        return both if layer == "all" else both[0]
+
+    def scan(self, activations: Activations, question: str, choices: Sequence[str]) -> np.ndarray:
+        """Probability of each choice read from each token at each layer by itself: [T, L, len(choices)].
+
+        Plot the probability of one choice over tokens and layers: a heat map. A Yes/No question leans to one side on
+        tokens that say nothing; naming the right one among several is the clearer picture.
+        """
+        prompts = [
+            self._prompt(question, layer, activations.values[token : token + 1, column])
+            for token in range(len(activations))
+            for column, layer in enumerate(activations.layers)
+        ]
+        found = self.choice_log_probs(prompts, [list(choices)] * len(prompts))
+        return np.stack([softmax(row) for row in found]).reshape(
+            len(activations), len(activations.layers), len(choices)
+        )
+
+    def read_vectors(
+        self, reads: Sequence[Read], *, progress: Callable[[int], None] | None = None
+    ) -> list[torch.Tensor]:
+        """Activations [K, D] of each read of the target."""
+        vectors_PD, offsets = read_vectors(self.target, self.target_arch, reads, progress=progress)
+        return [vectors_PD[first:end] for first, end in itertools.pairwise(offsets)]
+
+    def choice_log_probs(
+        self,
+        prompts: Sequence[OraclePrompt],
+        choices: Sequence[Sequence[str]],
+        *,
+        adapter: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Log-probability of each choice after each prompt, not normalized.
+
+        Args:
+            prompts: oracle prompts.
+            choices: the choices of each.
+            adapter: False: the untrained control, the adapter off and the hook on.
+            progress: told the number of prompts done.
+        """
+        encoded: dict[tuple[str, ...], list[np.ndarray]] = {}
+        for options in choices:
+            key = tuple(options)
+            if key not in encoded:
+                encoded[key] = self._choice_ids(key)
+        with as_oracle(self.model, adapter=adapter):
+            return decode.choice_log_probs(
+                self.model,
+                self.arch,
+                self.injector,
+                prompts,
+                [encoded[tuple(options)] for options in choices],
+                progress=progress,
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[OraclePrompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        adapter: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Generated answers, greedy at temperature 0, without the end of turn."""
+        with as_oracle(self.model, adapter=adapter):
+            ids = decode.generate(
+                self.model,
+                self.injector,
+                prompts,
+                end_of_turn_id=self.framer.end_of_turn_id,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                progress=progress,
+            )
+        return [self.framer.decode(answer.astype(np.int32)).strip() for answer in ids]
+
+    def _prompt(
+        self, question: str, layer: int, vectors_KD: torch.Tensor | None, *, num: int | None = None
+    ) -> OraclePrompt:
+        if (layer,) not in self.config.layer_combinations:
+            trained = ", ".join(str(list(combination)) for combination in self.config.layer_combinations)
+            raise ValueError(f"layer {layer}: the adapter was not trained to read it; trained: {trained}")
+        if vectors_KD is not None:
+            check_vectors(vectors_KD, f"layer {layer}")
+        framed = self.framer.prompt([layer], len(vectors_KD) if vectors_KD is not None else num, question)
+        return OraclePrompt(_ids(framed.ids), _ids(framed.placeholders), vectors_KD)
+
+    def _choice_ids(self, choices: Sequence[str]) -> list[np.ndarray]:
+        if len(set(choices)) != len(choices) or len(choices) < 2:
+            raise ValueError(f"choices: expected at least two different ones, got {list(choices)}")
+        ids = [_ids(self.framer.answer(choice)) for choice in choices]
+        bare = [option[:-1] for option in ids]
+        begins = any(
+            first is not second and len(first) <= len(second) and np.array_equal(first, second[: len(first)])
+            for first in bare
+            for second in bare
+        )
+        return ids if begins else bare
+
+    def _answer(
+        self,
+        prompts: Sequence[OraclePrompt],
+        layers: Sequence[int],
+        choices: Sequence[str] | None,
+        samples: int,
+        temperature: float,
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        if choices is not None:
+            found = self.choice_log_probs(prompts, [list(choices)] * len(prompts))
+            answers = []
+            for layer, row in zip(layers, found, strict=True):
+                probabilities = softmax(row)
+                best = int(probabilities.argmax())
+                shares = {choice: float(share) for choice, share in zip(choices, probabilities, strict=True)}
+                answers.append(Answer(choices[best], layer, float(probabilities[best]), shares))
+            return answers
+        if samples:
+            drawn = self.generate(
+                [prompt for prompt in prompts for _ in range(samples)],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            answers = []
+            for index, layer in enumerate(layers):
+                mine = drawn[index * samples : (index + 1) * samples]
+                best_text = max(sorted(set(mine)), key=mine.count)
+                answers.append(Answer(best_text, layer, mine.count(best_text) / samples))
+            return answers
+        texts = self.generate(prompts, max_new_tokens=max_new_tokens)
+        return [Answer(text, layer) for text, layer in zip(texts, layers, strict=True)]
+
+
+def spread(vectors_KD: torch.Tensor, num: int) -> torch.Tensor:
+    """`num` vectors evenly spaced over those given, repeated where there are fewer."""
+    where = np.linspace(0, len(vectors_KD) - 1, num).round().astype(np.int64)
+    return vectors_KD[torch.from_numpy(where).to(vectors_KD.device)]
+
+
+def softmax(log_probs: np.ndarray) -> np.ndarray:
+    """Probabilities of a row of log-probabilities, normalized."""
+    shifted = np.exp(log_probs - log_probs.max())
+    return shifted / shifted.sum()
+
+
+def _ids(buffer: object) -> np.ndarray:
+    return np.asarray(buffer, dtype=np.int64)

@@ -1,0 +1,155 @@
+"""Reading the target's residual stream: each context once, all layers at once, no further than the deepest.
+
+Layer k is the output of block k counted from 0, `hidden_states[k + 1]` in transformers.
+Shapes: T tokens of a row, D d_model, P values wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ao.batch import Batch, lay_out, layout, rows_of
+from ao.injection import check_vectors
+from ao.models.adapters import as_target
+from ao.models.arch import Arch
+
+
+class _DeepestLayerRead(Exception):
+    """Ends a forward whose remaining blocks nobody wants."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What is wanted of one context: one activation per entry of the two parallel arrays."""
+
+    context_ids: np.ndarray
+    """Token ids of the context, [length]."""
+    layers: np.ndarray
+    """Layer of each wanted activation, [K]."""
+    positions: np.ndarray
+    """Its token, an index into `context_ids`, [K]."""
+
+
+@torch.no_grad()
+def residuals(model: PreTrainedModel, arch: Arch, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Residuals of a batch at the output of some blocks.
+
+    Must run inside `as_target` where the model carries an oracle adapter; `read_vectors` does so.
+
+    Args:
+        model: the target.
+        arch: its parts.
+        batch: contexts, packed (inside `packed_rows`) or padded.
+        layers: indices; the forward stops after the deepest.
+
+    Returns:
+        By layer [B * T, D], copies in the model's own precision.
+    """
+    for layer in layers:
+        if not 0 <= layer < arch.num_layers:
+            raise ValueError(f"read layer {layer}: expected 0..{arch.num_layers - 1}")
+    captured: dict[int, torch.Tensor] = {}
+    deepest = max(layers)
+
+    def capture(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: torch.Tensor | tuple) -> None:
+            resid_BTD = output[0] if isinstance(output, tuple) else output
+            # Cloned: some blocks go on to write into their output.
+            captured[layer] = resid_BTD.detach().reshape(-1, resid_BTD.shape[-1]).clone()
+            if layer == deepest:
+                raise _DeepestLayerRead
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in set(layers):
+            stack.callback(arch.layers[layer].register_forward_hook(capture(layer)).remove)
+        with suppress(_DeepestLayerRead):
+            arch.decoder(**batch.model_inputs)
+    if missing := set(layers) - set(captured):
+        raise RuntimeError(
+            f"layers {sorted(missing)} were never run: {arch.layers_path} is not on the model's text path"
+        )
+    return captured
+
+
+def read_vectors(
+    model: PreTrainedModel,
+    arch: Arch,
+    reads: Sequence[Read],
+    *,
+    tokens_per_row: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Activations for many reads; each distinct context is run once, and a prefix of another not at all.
+
+    The oracle's adapter is off for every forward, whatever it was before.
+
+    Args:
+        model: the target.
+        arch: its parts.
+        reads: what is wanted.
+        tokens_per_row: token budget of one forward.
+        progress: told the context tokens of each finished row.
+
+    Returns:
+        Vectors [P, D] in the order of the reads, and offsets [len(reads) + 1] into them.
+
+    Raises:
+        ValueError: a vector is zero or not finite, or a position lies outside its context.
+    """
+    offsets = np.cumsum([0, *(len(read.positions) for read in reads)])
+    device = next(model.parameters()).device
+    vectors_PD = torch.empty(int(offsets[-1]), arch.d_model, dtype=arch.head.weight.dtype, device=device)
+    contexts, context_of_read = distinct_contexts(
+        [read.context_ids for read in reads], share_prefixes=arch.attention_only
+    )
+    for index, read in enumerate(reads):
+        if len(read.positions) and not 0 <= read.positions.min() <= read.positions.max() < len(read.context_ids):
+            raise ValueError(
+                f"read {index}: positions {read.positions.min()}..{read.positions.max()} of a context of {len(read.context_ids)} tokens"
+            )
+    layers_P = np.concatenate([read.layers for read in reads])
+    positions_P = np.concatenate([read.positions for read in reads])
+    contexts_P = np.repeat(context_of_read, np.diff(offsets))
+    by_context = np.argsort(contexts_P, kind="stable")
+    bounds = np.searchsorted(contexts_P[by_context], np.arange(len(contexts) + 1))
+    with as_target(model), layout(model, arch):
+        for row in rows_of([len(context) for context in contexts], tokens_per_row=tokens_per_row):
+            batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
+            wanted = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
+            start_of = np.zeros(len(contexts), dtype=np.int64)
+            start_of[row] = batch.starts
+            captured = residuals(model, arch, batch, sorted(set(layers_P[wanted].tolist())))
+            for layer, resid_TD in captured.items():
+                here = wanted[layers_P[wanted] == layer]
+                from_row = torch.from_numpy(start_of[contexts_P[here]] + positions_P[here]).to(device)
+                vectors_PD[torch.from_numpy(here).to(device)] = resid_TD[from_row]
+            if progress is not None:
+                progress(sum(len(contexts[index]) for index in row))
+    check_vectors(vectors_PD, "activations of the target")
+    return vectors_PD, offsets
+
+
+def distinct_contexts(contexts: Sequence[np.ndarray], *, share_prefixes: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """The contexts that have to be run, and for each given context which of them serves it.
+
+    Under causal attention the residuals of a prefix are those of any longer context that begins with it.
+    """
+    keys = [np.ascontiguousarray(context, dtype=">i4").tobytes() for context in contexts]
+    kept: list[bytes] = []
+    serves: dict[bytes, int] = {}
+    # Descending order puts a longer context right before its prefixes, with only fellow extensions in between.
+    for key in sorted(set(keys), reverse=True):
+        if not (kept and share_prefixes and kept[-1].startswith(key)):
+            kept.append(key)
+        serves[key] = len(kept) - 1
+    runs = [np.frombuffer(key, dtype=">i4").astype(np.int64) for key in kept]
+    return runs, np.array([serves[key] for key in keys], dtype=np.int64)

@@ -1,0 +1,87 @@
+"""Checks of a loaded model that take a second and catch what would otherwise be silently wrong.
+
+Shapes: T tokens, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ao.batch import lay_out, layout
+from ao.models.adapters import as_target
+from ao.models.arch import Arch, logits
+from ao.residuals import residuals
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarray]) -> None:
+    """Check what reading, packing and the answer loss take for granted.
+
+    Args:
+        model: a loaded model, with or without an oracle adapter.
+        arch: its parts.
+        contexts: a few token sequences, as they will be read.
+
+    Raises:
+        RuntimeError: layer k is not `hidden_states[k + 1]`; the selected logits differ from the model's own; a later token
+            moves an earlier residual; or documents of a packed row see each other.
+    """
+    contexts = [context[:512] for context in contexts]
+    device = next(model.parameters()).device
+    last = arch.num_layers - 1
+    middle = arch.num_layers // 2
+    with as_target(model):
+        alone = []
+        for context in contexts:
+            ids = torch.from_numpy(context.astype(np.int64)).to(device)[None]
+            output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            alone.append(output.hidden_states[middle + 1][0])
+        batch = lay_out(contexts[-1:], packed=False, device=device)
+        resid_TD = residuals(model, arch, batch, [middle, last])[middle]
+        _require_close(
+            resid_TD, alone[-1], f"layer {middle} is not hidden_states[{middle + 1}]: the layer lookup is off"
+        )
+
+        final_TD = arch.decoder(**batch.model_inputs).last_hidden_state[0]
+        _require_close(
+            logits(arch, final_TD),
+            output.logits[0].float(),
+            "logits of selected positions differ from the model's own: it does more after the head than a soft-cap",
+        )
+
+        if len(contexts[-1]) > 1:
+            moved = contexts[-1].copy()
+            moved[-1] = (moved[-1] + 1) % arch.vocab
+            changed_TD = residuals(model, arch, lay_out([moved], packed=False, device=device), [middle])[middle]
+            _require_close(
+                changed_TD[:-1],
+                resid_TD[:-1],
+                "a later token moves earlier residuals: the model does not read causally",
+            )
+
+        with layout(model, arch):
+            batch = lay_out(contexts, packed=arch.attention_only, device=device)
+            together = residuals(model, arch, batch, [middle])[middle]
+        for index, (start, context) in enumerate(zip(batch.starts, contexts, strict=True)):
+            _require_close(
+                together[start : start + len(context)],
+                alone[index],
+                f"context {index} of a shared forward differs from the same context alone: documents see each other",
+            )
+
+
+def _require_close(got_TD: torch.Tensor, expected_TD: torch.Tensor, problem: str) -> None:
+    """fp32: relative error below 1e-4; lower precision: every row's cosine at least 0.999."""
+    got_TD, expected_TD = got_TD.detach(), expected_TD.detach()
+    if expected_TD.dtype == torch.float32 and got_TD.dtype == torch.float32 and got_TD.device.type == "cpu":
+        error = float((got_TD - expected_TD).norm() / expected_TD.norm().clamp_min(1e-30))
+        if not error < 1e-4:
+            raise RuntimeError(f"self-test: {problem} (relative error {error:.2g}, expected below 1e-4)")
+        return
+    cosine = float(torch.nn.functional.cosine_similarity(got_TD.float(), expected_TD.float(), dim=-1).min())
+    if not cosine >= 0.999:
+        raise RuntimeError(f"self-test: {problem} (smallest cosine {cosine:.4f}, expected at least 0.999)")

@@ -1,0 +1,82 @@
+"""Small models of real architectures, with random weights."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA_4 = {
+    **SMALL,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 97,
+    "num_kv_shared_layers": 0,
+    "final_logit_softcapping": 30.0,
+}
+FAMILIES = {
+    "gemma4_text": GEMMA_4,
+    "gemma2": {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "llama": SMALL,
+    "mistral": {**SMALL, "sliding_window": 6},
+    "qwen3": SMALL,
+    "qwen3_next": {
+        **SMALL,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 0,
+        "mlp_only_layers": [0, 1, 2, 3],
+    },
+}
+
+
+def small_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random-weight model of a family, frozen, in eval mode."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def gemma() -> PreTrainedModel:
+    return small_model("gemma4_text")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def sequences(rng: np.random.Generator, lengths: list[int]) -> list[np.ndarray]:
+    return [rng.integers(3, 97, size=length) for length in lengths]

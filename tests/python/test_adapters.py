@@ -1,0 +1,124 @@
+"""Adapters: every published key layout loads with the same result; what would do nothing is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from ao.models import arch as archs
+from ao.models.adapters import add_adapter, as_oracle, load_adapter, save_adapter
+from conftest import sequences, small_model
+
+
+def trained(folder):
+    model = small_model("gemma4_text")
+    peft = add_adapter(model, rank=4, alpha=8, dropout=0.0)
+    torch.manual_seed(3)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(peft, folder, base="small", ao_config={"schema_version": 1})
+    return model
+
+
+def logits_of(model):
+    ids = torch.from_numpy(sequences(np.random.default_rng(0), [9])[0])[None]
+    with torch.no_grad(), as_oracle(model):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def test_every_linear_of_the_blocks_is_adapted_and_nothing_else(gemma):
+    names = archs.linears(archs.find(gemma))
+    # Full layers share K and V, so they lack v_proj: 2 * 7 + 2 * 6.
+    assert len(names) == 26
+    assert all(name.startswith("model.layers.") for name in names)
+    peft = add_adapter(gemma, rank=2, alpha=4, dropout=0.0)
+    trainable = [name for name, parameter in peft.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 52
+    assert all("lora_" in name for name in trainable)
+
+
+def test_a_new_adapter_changes_nothing_and_a_trained_one_does(tmp_path, gemma, rng):
+    ids = torch.from_numpy(sequences(rng, [9])[0])[None]
+    plain = gemma(input_ids=ids, use_cache=False).logits
+    add_adapter(gemma, rank=4, alpha=8, dropout=0.0)
+    with as_oracle(gemma):
+        assert_close(gemma(input_ids=ids, use_cache=False).logits, plain)
+    model = trained(tmp_path)
+    with as_oracle(model):
+        assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, plain, atol=1e-2)
+
+
+PREFIXES = [
+    "base_model.model.model.layers.",
+    "base_model.model.layers.",
+    "base_model.model.model.language_model.layers.",
+    "base_model.model.language_model.layers.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("infix", ["", ".default"])
+def test_every_key_layout_loads(tmp_path, prefix, infix):
+    expected = logits_of(trained(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {
+        key.replace("base_model.model.model.layers.", prefix).replace(".weight", f"{infix}.weight"): value
+        for key, value in tensors.items()
+    }
+    renamed["base_model.model.model.vision_tower.encoder.layers.0.q_proj.linear.lora_A.weight"] = torch.zeros(4, 8)
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    model = small_model("gemma4_text")
+    peft = load_adapter(model, tmp_path)
+    assert not any(parameter.requires_grad for parameter in peft.parameters())
+    assert_close(logits_of(model), expected)
+
+
+def test_peft_itself_reads_what_we_save(tmp_path):
+    expected = logits_of(trained(tmp_path))
+    peft = PeftModel.from_pretrained(small_model("gemma4_text"), tmp_path)
+    ids = torch.from_numpy(sequences(np.random.default_rng(0), [9])[0])[None]
+    with torch.no_grad():
+        assert_close(peft(input_ids=ids, use_cache=False).logits, expected)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "small"
+
+
+def test_rank_stabilized_scale_is_honoured(tmp_path):
+    trained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
+    model = small_model("gemma4_text")
+    peft = load_adapter(model, tmp_path)
+    scalings = {module.scaling["oracle"] for module in peft.modules() if isinstance(module, LoraLayer)}
+    assert scalings == {8 / 4**0.5}
+
+
+def test_adapters_that_would_do_nothing_are_refused(tmp_path, gemma):
+    trained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    path = tmp_path / "adapter_model.safetensors"
+
+    save_file({key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match="every lora_B is zero"):
+        load_adapter(small_model("gemma4_text"), tmp_path)
+
+    save_file({key.replace("layers.3.", "layers.7."): value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"adapts 'model\.layers\.7\.mlp\.down_proj' and 6 more|and 5 more"):
+        load_adapter(small_model("gemma4_text"), tmp_path)
+
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, path)
+    with pytest.raises(ValueError, match="is no LoRA tensor of a block"):
+        load_adapter(small_model("gemma4_text"), tmp_path)
+
+    first = next(key for key in tensors if "lora_B" in key)
+    save_file({key: value for key, value in tensors.items() if key != first}, path)
+    with pytest.raises(ValueError, match="missing"):
+        load_adapter(gemma, tmp_path)
