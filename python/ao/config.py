@@ -234,8 +234,6 @@ class TrainConfig(Config):
     """Initialization of the adapter, dropout and data order."""
     log_every: int = 10
     """Steps between lines of the log."""
-    checkpoint_every: int = 0
-    """Steps between resumable checkpoints; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "examples_per_step", "rank", "alpha", "tokens_per_row", "window", "log_every"):

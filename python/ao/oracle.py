@@ -6,6 +6,7 @@ Shapes: T tokens, L layers, K vectors, D d_model.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from ao.config import ModelConfig
 from ao.decode import OraclePrompt
 from ao.injection import Injector, check_vectors
 from ao.models import arch as archs
-from ao.models.adapters import as_oracle, load_adapter
+from ao.models.adapters import adapter_folder, as_oracle, as_target, load_adapter
 from ao.models.load import fuse_norms, load_model
-from ao.prompt import adapter_folder, framer, resolve_layer
+from ao.prompt import framer, resolve_layer
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
 
@@ -188,8 +189,6 @@ class Oracle:
             layers: indices (int) or depths (float in [0, 1)); the layers of training without any.
             positions: tokens to keep; all without any.
         """
-        import json
-
         framed = self.framer.context(json.dumps(context))
         ids = _ids(framed.ids)
         chosen = (
@@ -285,6 +284,19 @@ class Oracle:
         return np.stack([softmax(row) for row in found]).reshape(
             len(activations), len(activations.layers), len(choices)
         )
+
+    def reply(self, context: Context, *, max_new_tokens: int = 256) -> str:
+        """What the target itself goes on to say, greedily, the oracle's adapter off."""
+        prompt = OraclePrompt(_ids(self.framer.context(json.dumps(context)).ids), _ids([]), None)
+        with as_target(self.target):
+            (ids,) = decode.generate(
+                self.target,
+                self.injector,
+                [prompt],
+                end_of_turn_id=self.framer.end_of_turn_id,
+                max_new_tokens=max_new_tokens,
+            )
+        return self.framer.decode(ids.astype(np.int32)).strip()
 
     def read_vectors(
         self, reads: Sequence[Read], *, progress: Callable[[int], None] | None = None

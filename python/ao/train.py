@@ -78,7 +78,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
         )
         if here.first:
             write(recipe, peft, arch, dataset, record, out)
-        return record
+        return {**record, "first_rank": here.first}
 
 
 def loop(

@@ -91,6 +91,26 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
     return peft
 
 
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter; one on the Hub is downloaded.
+
+    Raises:
+        FileNotFoundError: neither a folder nor within reach on the Hub.
+    """
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(adapter), allow_patterns=["adapter_*", "ao_config.json"]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"adapter {str(adapter)!r}: no such folder, and not within reach on the Hub ({type(error).__name__}); "
+            "train one with `ao train`, or give its folder"
+        ) from None
+
+
 def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: dict[str, object]) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and, last, `ao_config.json`.
 

@@ -1,0 +1,299 @@
+"""The command line: `ao COMMAND` and `ao-pack`.
+
+Torch and the extension are loaded after the arguments are parsed, so that `--help` answers at once.
+Exit codes: 0 done; 1 measured and not met; 2 bad input or usage; 3 failed at run time; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ao import config as configs
+from ao.config import DataConfig, EvalConfig, ModelConfig, Recipe, TrainConfig, load_recipe
+
+if TYPE_CHECKING:
+    from ao.oracle import Answer
+
+# Sources and tasks are tables of the recipe, not flags; the annotations are changed here because tyro is slow to import.
+DataConfig.__annotations__["sources"] = Annotated[tuple[configs.SourceConfig, ...], tyro.conf.Suppress]
+EvalConfig.__annotations__["tasks"] = Annotated[tuple[configs.TaskConfig, ...], tyro.conf.Suppress]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Build a packed data set from a recipe's sources.
+
+    "Pack" means: render, tokenize, align and lay out in shards. (Joining several sequences in one row comes later, in
+    the planner.)
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """The recipe, a TOML file; relative source paths are taken from its folder."""
+    out: Path | None = None
+    """Folder of the packed data set, instead of data.out."""
+    json: bool = False
+    """One JSON object on stdout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train an oracle's adapter on a packed data set. On several devices: torchrun --nproc-per-node N -m ao train ..."""
+
+    recipe: tyro.conf.Positional[Path]
+    """The recipe, a TOML file."""
+    data: Path | None = None
+    """The packed data set; data.out of the recipe without one."""
+    out: Path | None = None
+    """Folder of the adapter, instead of train.out."""
+    json: bool = False
+    """One JSON object on stdout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score an oracle on the recipe's held-out tasks, each beside its controls."""
+
+    recipe: tyro.conf.Positional[Path]
+    """The recipe, a TOML file."""
+    adapter: Path | None = None
+    """The adapter; train.out of the recipe without one."""
+    out: Path | None = None
+    """Folder of records and report, instead of eval.out."""
+    json: bool = False
+    """One JSON object on stdout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Ask an oracle about the activations of a prompt."""
+
+    prompt: tyro.conf.Positional[str]
+    """What the target reads: a user turn, or with --raw plain text."""
+    question: tyro.conf.Positional[str]
+    """What to ask about its activations."""
+    adapter: Path = Path("runs/demo/adapter")
+    """The oracle's adapter."""
+    base: str = "demo"
+    """Hub id or folder of the base."""
+    target: str | None = None
+    """Checkpoint to read, where that is another, fully tuned model."""
+    system: str | None = None
+    """A system turn before the prompt."""
+    raw: bool = False
+    """Read the prompt as plain text, without chat turns."""
+    probe: str = "full_seq"
+    """Tokens to read: full_seq, token:-1, segment:-10: and the like."""
+    layer: str | None = None
+    """Layer index, depth such as 0.5, or "all"; the adapter's default without one."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from."""
+    samples: int = 0
+    """Draw this many answers; their agreement is the confidence."""
+    control: str = "no_activation"
+    """What to ask beside it: no_activation, text or none."""
+    precision: str | None = None
+    """nf4, bf16 or fp32."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Pack, train, score and ask an oracle on the embedded demo world: two minutes on a laptop."""
+
+    seed: int = 0
+    """Keys what is held out, the data, the adapter's start and the report."""
+    out: Path = Path("runs/demo")
+    """Folder of everything the demo leaves."""
+    rebuild_target: bool = False
+    """Train the embedded target again from nothing, into OUT/target, and use that one."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `ao`."""
+    commands = {"demo": Demo, "train": Train, "ask": Ask, "eval": Eval, "pack": Pack}
+    _run(commands, list(sys.argv[1:] if args is None else args), program="ao")
+
+
+def pack_main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `ao-pack`."""
+    _run({"ao-pack": Pack}, ["ao-pack", *(sys.argv[1:] if args is None else args)], program="ao-pack")
+
+
+def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handlers: dict[type, Callable[..., dict[str, Any]]] = {
+        Pack: _pack,
+        Train: _train,
+        Eval: _eval,
+        Ask: _ask,
+        Demo: _demo,
+    }
+    as_json = "--json" in args
+    try:
+        command = _parse(commands, args, program)
+        result = handlers[type(command)](command)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IndexError) as error:
+        _fail(error, 2, as_json)
+    except (RuntimeError, OSError, MemoryError) as error:
+        _fail(error, 3, as_json)
+    except KeyboardInterrupt:
+        _fail(KeyboardInterrupt("interrupted"), 130, as_json)
+    else:
+        if command.json and result:
+            print(json.dumps(result))
+
+
+def _fail(error: BaseException, code: int, as_json: bool) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
+    raise SystemExit(code)
+
+
+def _parse(commands: dict[str, type], args: list[str], program: str) -> Any:
+    """Parse twice where there is a recipe: its values are the defaults of the flags."""
+    kind = commands.get(args[0]) if args else None
+    if kind is None:
+        return tyro.extras.subcommand_cli_from_dict(commands, prog=program, args=args or ["--help"])
+    rest, program = args[1:], " ".join(dict.fromkeys((program, args[0])))
+    names = set(kind.__dataclass_fields__)
+    if "recipe" not in names or {"-h", "--help"} & set(rest):
+        return tyro.cli(kind, args=rest, prog=program)
+    files = [arg for arg in rest if arg.endswith(".toml")]
+    if not files:
+        return tyro.cli(kind, args=rest, prog=program)
+    recipe = load_recipe(files[0])
+    parts = {name: getattr(recipe, name) for name in ("model", "data", "train", "eval") if name in names}
+    if kind is not Pack:
+        parts.pop("data", None)
+    return tyro.cli(kind, default=kind(recipe=Path(files[0]), **parts), args=rest, prog=program)
+
+
+def _recipe(command: Pack | Train | Eval) -> Recipe:
+    """The recipe with the command's flags put in."""
+    parts = {
+        name: value
+        for name in ("model", "data", "train", "eval")
+        if isinstance(value := getattr(command, name, None), configs.Config)
+    }
+    return replace(load_recipe(command.recipe), **parts)
+
+
+def _pack(command: Pack) -> dict[str, Any]:
+    from ao.pack import pack
+
+    recipe = _recipe(command)
+    summary = pack(recipe, root=command.recipe.parent, out=command.out, progress=True)
+    if not command.json:
+        for name, value in summary.items():
+            print(f"{name:>16}  {value}")
+    return summary
+
+
+def _train(command: Train) -> dict[str, Any]:
+    from ao.train import train
+
+    recipe = _recipe(command)
+    record = train(recipe, data=command.data or recipe.data.out, out=command.out or recipe.train.out)
+    if not command.json and record["first_rank"]:
+        print(
+            f"adapter in {command.out or recipe.train.out}: {record['steps']} steps, last loss {record['losses'][-1]:.3f}"
+        )
+    return {name: value for name, value in record.items() if name != "losses"} if record["first_rank"] else {}
+
+
+def _eval(command: Eval) -> dict[str, Any]:
+    from ao.eval.report import console_table
+    from ao.eval.run import evaluate
+    from ao.oracle import Oracle
+
+    recipe = _recipe(command)
+    model = recipe.model
+    oracle = Oracle.from_pretrained(
+        model.name,
+        command.adapter or recipe.train.out,
+        target=model.target,
+        revision=model.revision,
+        precision=model.precision,
+        device=model.device,
+    )
+    report = evaluate(
+        oracle, recipe, root=command.recipe.parent, out=command.out or Path(recipe.eval.out), progress=True
+    )
+    if not command.json:
+        print(console_table(report))
+    return report
+
+
+def _ask(command: Ask) -> dict[str, Any]:
+    from ao.oracle import Oracle
+    from ao.probes import Probe
+
+    oracle = Oracle.from_pretrained(command.base, command.adapter, target=command.target, precision=command.precision)
+    context: Any = command.prompt
+    if not command.raw:
+        context = [{"role": "user", "content": command.prompt}]
+        if command.system is not None:
+            context.insert(0, {"role": "system", "content": command.system})
+    activations = oracle.read(context)
+    answers = oracle.ask(
+        activations[Probe.parse(command.probe).positions(len(activations)).tolist()],
+        command.question,
+        choices=command.choices or None,
+        layer=_layer(command.layer),
+        control=None if command.control == "none" else command.control,
+        samples=command.samples,
+    )
+    answers = answers if isinstance(answers, list) else [answers]
+    if not command.json:
+        for answer in answers:
+            print(_line(answer))
+    return {"question": command.question, "answers": [_plain(answer) for answer in answers]}
+
+
+def _demo(command: Demo) -> dict[str, Any]:
+    from ao.demo.run import demo
+
+    return demo(seed=command.seed, out=command.out, rebuild_target=command.rebuild_target, quiet=command.json)
+
+
+def _layer(text: str | None) -> Any:
+    if text is None or text == "all":
+        return text
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f'--layer {text!r}: expected an index such as 3, a depth such as 0.5, or "all"') from None
+
+
+def _line(answer: Answer) -> str:
+    sure = "" if answer.confidence is None else f" ({answer.confidence:.2f})"
+    beside = "" if answer.control is None else f"   [control: {answer.control.text}]"
+    return f"layer {answer.layer}: {answer.text}{sure}{beside}"
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "layer": answer.layer,
+        "confidence": answer.confidence,
+        "probabilities": answer.probabilities,
+        "control": None if answer.control is None else _plain(answer.control),
+    }
