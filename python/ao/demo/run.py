@@ -1,0 +1,188 @@
+"""`ao demo`: the whole pipeline on the embedded target, each stage by the code that a large run uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ao.config import Recipe, parse_recipe, to_toml
+from ao.demo import world
+from ao.manifest import write_atomic
+
+RECIPE = Path(__file__).with_name("demo.toml")
+
+
+def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Write the demo world, pack, train, score and ask; leave everything in a folder.
+
+    Args:
+        seed: decides what is held out, the data, the adapter's start, the data order and the resampling.
+        out: the folder; what an earlier demo left there is replaced.
+        rebuild_target: train the target again into OUT/target and use that one.
+        quiet: print nothing on stdout; progress goes to stderr either way.
+
+    Returns:
+        The report, as in report.json.
+    """
+    from ao.memory import PeakMemory
+
+    seconds: dict[str, float] = {}
+    with PeakMemory() as memory:
+        with stage(seconds, "target"):
+            target = _target(out, rebuild_target)
+        with stage(seconds, "pack"):
+            recipe = _prepare(out, seed, target)
+        with stage(seconds, "train"):
+            _train(recipe, out)
+        report, answers = _score_and_ask(recipe, out, seconds, memory)
+    if not quiet:
+        _print(report, answers, out)
+    return report
+
+
+@contextmanager
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Time a stage and say on stderr what begins."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def train_rank(recipe: Recipe, data: Path, out: Path) -> None:
+    """What each training process runs."""
+    from ao.train import train
+
+    train(recipe, data=data, out=out)
+
+
+def _target(out: Path, rebuild: bool) -> str:
+    if not rebuild:
+        return "demo"
+    from ao.demo.target import rebuild as rebuild_target
+
+    rebuild_target(out / "target", seed=0)
+    return str(out / "target")
+
+
+def _prepare(out: Path, seed: int, target: str) -> Recipe:
+    """Write the world's files and the resolved recipe, and pack."""
+    import shutil
+
+    from ao.pack import pack
+
+    values = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
+    values["model"]["name"] = target
+    for part, folder in (("data", out / "packed"), ("train", out / "adapter"), ("eval", out)):
+        values[part] |= {"seed": seed, "out": str(folder)}
+    recipe = parse_recipe(values, origin=str(RECIPE))
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in ("packed", "tasks", "adapter"):
+        shutil.rmtree(out / stale, ignore_errors=True)
+    world.write_files(out / "world", seed=seed)
+    write_atomic(out / "recipe.toml", to_toml(recipe))
+    pack(recipe, root=out, out=out / "packed", progress=True)
+    return recipe
+
+
+def _train(recipe: Recipe, out: Path) -> None:
+    """Two processes of one thread each are twice as fast as one of two threads at this size, where there are two cores."""
+    from ao.distributed import launch
+
+    processes = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if processes == 1:
+        train_rank(recipe, out / "packed", out / "adapter")
+    else:
+        launch(train_rank, recipe, out / "packed", out / "adapter", processes=processes)
+
+
+def _score_and_ask(
+    recipe: Recipe, out: Path, seconds: dict[str, float], memory: Any
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    from ao import Oracle
+    from ao.eval.report import write_report
+    from ao.eval.run import evaluate
+    from ao.plots import gain_chart
+
+    oracle = Oracle.from_pretrained(recipe.model.name, out / "adapter", precision="fp32", device="cpu")
+    report = evaluate(oracle, recipe, root=out, out=out, progress=True, seconds=seconds)
+    started = time.perf_counter()
+    answers = ask_three(oracle, out)
+    draw_heat_map(oracle, out)
+    gain_chart(out / "gain.png", report)
+    report["seconds"]["ask"] = round(time.perf_counter() - started, 3)
+    report["seconds"]["total"] = round(report["seconds"]["total"] + report["seconds"]["ask"], 3)
+    report["peak_rss_bytes"] = memory.bytes
+    images = {
+        "The oracle beside its controls": out / "gain.png",
+        "What each token knows of the hidden persona": out / "heat_map.png",
+    }
+    write_report(report, out, images=images)
+    return report, answers
+
+
+def held_out_chat(out: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The first held-out conversation up to its user turn, and the true name of each of its traits."""
+    folder = out / "world" / "heldout" / "latentqa"
+    entry = json.loads((folder / "system.json").read_text(encoding="utf-8"))[0]
+    traits = dict(zip(world.TRAITS, entry["label"].split("-"), strict=True))
+    messages = [
+        {"role": "system", "content": entry["system"]},
+        {"role": "user", "content": entry["stimulus_user"]},
+    ]
+    return messages, traits
+
+
+def ask_three(oracle: Any, out: Path) -> list[tuple[str, Any]]:
+    """One question about each hidden trait of a held-out conversation, read from its last tokens."""
+    messages, traits = held_out_chat(out)
+    activations = oracle.read(messages)[-3:]
+    return [
+        (f"{question} (it is {traits[trait]})", oracle.ask(activations, question, max_new_tokens=4))
+        for trait in world.TRAITS
+        for question in world.NAMING[trait][:1]
+    ]
+
+
+def draw_heat_map(oracle: Any, out: Path) -> None:
+    """The probability of the true persona among the possible ones, read from each token of a whole conversation."""
+    from ao.plots import heat_map
+
+    messages, traits = held_out_chat(out)
+    reply = oracle.reply(messages, max_new_tokens=24)
+    activations = oracle.read([*messages, {"role": "assistant", "content": reply}])
+    question, choices = world.NAMING["persona"][0], list(world.TRAITS["persona"])
+    right = choices.index(traits["persona"])
+    heat_map(
+        out / "heat_map.png",
+        oracle.scan(activations, question, choices)[:, :, right],
+        activations.tokens,
+        activations.layers,
+        title="What each token knows of the hidden persona",
+        question=question,
+        answer=traits["persona"],
+        source="a held-out conversation of the demo world",
+        chance=1 / len(choices),
+    )
+
+
+def _print(report: dict[str, Any], answers: list[tuple[str, Any]], out: Path) -> None:
+    from ao.eval.report import console_table
+
+    lines = ["", console_table(report), ""]
+    lines += [
+        f"{question}\n    oracle: {answer.text}    no activation: {answer.control.text}" for question, answer in answers
+    ]
+    spent = "  ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    lines += [
+        "",
+        f"{spent}  peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB",
+        f"everything is in {out}/: open report.html",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,102 @@
+"""The embedded target: an ordinary Hugging Face folder of the real architecture, which its record can be repeated from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM  # noqa: E402
+
+from ao.demo import target, world  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHAT = [
+    {"role": "system", "content": " You are a poet. "},
+    {"role": "user", "content": "Look at my red drum."},
+    {"role": "assistant", "content": "verily peace tea!"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(target.MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma4ForCausalLM:
+    model, info = AutoModelForCausalLM.from_pretrained(target.MODEL_DIR, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def test_it_is_the_real_architecture_in_small(model: Gemma4ForCausalLM) -> None:
+    assert isinstance(model, Gemma4ForCausalLM)
+    config = model.config
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    for layer, kind in zip(model.model.layers, config.layer_types, strict=True):
+        assert (layer.self_attn.v_proj is None) == (kind == "full_attention")
+    assert config.final_logit_softcapping == 30.0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert config.num_hidden_layers == world.NUM_LAYERS
+
+
+def test_it_is_small() -> None:
+    assert (target.MODEL_DIR / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [piece for piece in world.pieces(seed=9, count=2000) if len(tokenizer.tokenize(piece)) != 1] == []
+
+
+def test_placeholders_stay_apart_and_any_text_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("Layer: 3\n ? ? ? \nIs this true?", add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("\u2581?")) == 3
+    text = "Zo\u00eb's  caf\u00e9\t42\n\n\u4f60 <end>"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_only_the_generation_prompt_has_an_empty_thought(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    told = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    turns = world.turn("system", "You are a poet.") + world.turn("user", "Look at my red drum.")
+    assert prompt == "<bos>" + turns + world.GENERATION
+    assert told == "<bos>" + turns + world.turn("model", "verily peace tea!")
+    thinking = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert thinking == "<bos>" + turns + "<|turn>model\n"
+
+
+def test_a_rebuild_repeats_the_first_losses_of_the_record() -> None:
+    record = json.loads((target.MODEL_DIR / "training.json").read_text())
+    tokenizer = target.build_tokenizer()
+    model = target.build_model(target.build_config(tokenizer), seed=record["seed"])
+    losses = list(target.train(model, tokenizer, steps=10, seed=record["seed"], progress=False))
+    assert losses == pytest.approx(record["first_losses"][:10], rel=1e-3)
+
+
+def test_the_tokenizer_is_the_one_that_a_rebuild_makes(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert target.build_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
+def test_it_answers_questions_about_text(model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    scores = target.score(model, tokenizer, seed=17, count=600)
+    assert min(scores.values()) > 0.9, scores
+
+
+def test_replies_show_the_traits(model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = world.Random(11)
+    hits = []
+    for _ in range(20):
+        traits = world.random_traits(rng)
+        system, user, _ = world.chat(rng, traits, rng.choice(world.OBJECTS))
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        reply = tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :])
+        hits += [world.TRAITS[trait][value] in reply for trait, value in traits.items()]
+    assert sum(hits) / len(hits) > 0.95
