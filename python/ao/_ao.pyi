@@ -1,0 +1,164 @@
+"""The compiled part of `ao`: framing, packing, shards and plans.
+
+Buffers are read-only `memoryview`s of native int32; `numpy.asarray` views them without a copy.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import final
+
+from typing_extensions import Buffer
+
+class AoError(ValueError):
+    """Bad input. The message says what, which, expected, got and what to do."""
+
+@final
+class Framer:
+    """Turns contexts, questions and answers into aligned token ids for one tokenizer and one chat template.
+
+    Args:
+        tokenizer_json: The text of `tokenizer.json`.
+        chat_template: The Jinja source of the chat template.
+        special_tokens_json: A JSON object of template variables: `bos_token`, `eos_token` and so on, `null` for none.
+        placeholder: The text of one placeholder; one token per repetition inside a prompt.
+        date: The day, YYYY-MM-DD, that a template is told if it asks.
+
+    Raises:
+        AoError: A text cannot be used, or the placeholder is not one token per repetition.
+    """
+
+    def __new__(
+        cls,
+        tokenizer_json: str,
+        chat_template: str,
+        special_tokens_json: str,
+        *,
+        placeholder: str = " ?",
+        date: str = "2025-01-01",
+    ) -> Framer: ...
+    @property
+    def placeholder_id(self) -> int:
+        """The id of one placeholder."""
+    @property
+    def end_of_turn_id(self) -> int:
+        """The id that closes an assistant's turn; every answer ends with it."""
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of tokenizer, template and variables, the placeholder, the date where it is printed."""
+    @property
+    def uses_date(self) -> bool:
+        """Whether the template asks for the date."""
+    def context(self, context_json: str) -> Context:
+        """Tokens of a context: a JSON string, or a JSON list of {"role", "content"}."""
+    def prompt(self, layers: Sequence[int], num_positions: int, question: str) -> Prompt:
+        """Tokens of an oracle prompt with `num_positions` placeholders for each of `layers`."""
+    def answer(self, answer: str) -> memoryview:
+        """Ids, int32 [n], of an answer encoded alone, the end of the turn behind it."""
+    def encode(self, text: str) -> memoryview:
+        """Ids, int32 [n], of a text; special tokens in it are found, none is added."""
+    def decode(self, ids: Buffer | Sequence[int]) -> str:
+        """The text of ids, special tokens included. `ids`: an int32 buffer or a sequence."""
+
+@final
+class Context:
+    """A context as tokens. Made by `Framer.context`."""
+
+    @property
+    def ids(self) -> memoryview:
+        """int32 [T]."""
+    @property
+    def text(self) -> str:
+        """The rendered text; of a raw string, the beginning-of-sequence token and the string."""
+    @property
+    def token_spans(self) -> memoryview:
+        """int32 [T, 2]: the bytes of `text` (as UTF-8) that each token covers, whole characters."""
+    @property
+    def char_spans(self) -> memoryview:
+        """int32 [T, 2]: the same in code points."""
+    def readable(self, read_json: str) -> memoryview:
+        """int32 [R]: indices of the tokens that overlap the spans of a `read` field; `null` for all tokens."""
+
+@final
+class Prompt:
+    """An oracle prompt as tokens. Made by `Framer.prompt`."""
+
+    @property
+    def ids(self) -> memoryview:
+        """int32 [T]."""
+    @property
+    def placeholders(self) -> memoryview:
+        """int32 [layers * num_positions]: indices into `ids`, layer by layer."""
+    @property
+    def text(self) -> str:
+        """The rendered text."""
+
+@final
+class PackWriter:
+    """Writes a packed data set into one folder: shards as they fill, the manifest last.
+
+    Args:
+        out_dir: The folder; made if it is not there.
+        framer: What turns the examples' texts into tokens.
+        settings_json: {"seed", "num_layers", "read_layers", "layers_per_example", "examples_per_shard",
+            "max_input_tokens", "max_context_tokens", "oracle", "targets", "config"}.
+
+    Raises:
+        AoError: A setting cannot be used.
+    """
+
+    def __new__(cls, out_dir: str | PathLike[str], framer: Framer, settings_json: str) -> PackWriter: ...
+    def add(self, source_json: str, examples_jsonl: bytes) -> dict[str, int | dict[str, int]]:
+        """Add the examples of one source, a JSON object per line; returns the counts so far.
+
+        The counts are "examples", "datapoints", "tokens" and "drops" (a number for each reason).
+
+        Raises:
+            AoError: An example cannot be used, named by source and id or line. The writer then refuses further work.
+        """
+    def finish(self) -> str:
+        """Write the last shard and the manifest; returns the manifest's canonical JSON."""
+
+def shard_layout(path: str | PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Name, type ("I32"), shape and byte offset in the file of each array, after checking the whole structure.
+
+    Raises:
+        AoError: The file is cut or is not a shard of this version.
+        FileNotFoundError: There is no such file.
+    """
+
+def shard_metadata(path: str | PathLike[str]) -> str:
+    """The canonical JSON in a shard's header."""
+
+def verify_shard(path: str | PathLike[str], sha256: str) -> None:
+    """Raise AoError unless the content of the file has this sha256."""
+
+def plan(
+    lengths: Buffer,
+    context_lengths: Buffer,
+    groups: Buffer,
+    *,
+    examples_per_step: int,
+    window: int,
+    ranks: int,
+    seed: int,
+    epoch: int,
+) -> tuple[memoryview, memoryview]:
+    """Order one epoch into steps and divide each step among ranks.
+
+    Args:
+        lengths: int32 [N], tokens of each datapoint's input.
+        context_lengths: int32 [N], tokens of its context.
+        groups: int64 [N], equal where datapoints share a context.
+        examples_per_step: Datapoints of one optimizer step over all ranks, at least `ranks`.
+        window: Steps within which a group's datapoints fall.
+        ranks: Ranks that divide each step.
+        seed: Keys the shuffle.
+        epoch: Keys the shuffle too.
+
+    Returns:
+        order, int32 [steps * examples_per_step], and the rank of each of its entries, int32 of the same shape.
+        N modulo `examples_per_step` datapoints are left out.
+    """
+
+def write_atomic(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, also after a power cut."""

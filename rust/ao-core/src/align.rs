@@ -1,0 +1,258 @@
+//! Which bytes of a text each of its tokens covers.
+//!
+//! The text is cut at added tokens and normalized exactly as the engine does it; then the tokens must spell the
+//! normalized text byte for byte, and each byte of it is traced back to the original. Anything that does not fit is an
+//! error, never a guess. A token that covers part of a character gets the whole character, as Python's offsets do.
+
+use tokenizers::pipeline::{PipelinePatternMatcher, PipelineTokenizer, normalize_all};
+
+use crate::error::{Error, Result};
+use crate::span::ByteSpan;
+use crate::tokenize::Tokenizer;
+
+/// A character that no normalizer changes, drops or joins with a neighbour.
+const INERT: &str = "0";
+
+/// A character run longer than this is not one unit of any normalization.
+const LONGEST_UNIT: usize = 64;
+
+/// What the normalizer puts in front of a text, and what it makes of a space.
+#[derive(Debug)]
+pub(crate) struct Probes {
+    first: String,
+    later: String,
+    space: String,
+}
+
+impl Probes {
+    pub(crate) fn new(engine: &PipelineTokenizer) -> Result<Self> {
+        let normalize = |text: &str, offset: usize| -> Result<String> {
+            normalize_all(engine.get_normalizers(), text, offset)
+                .map(std::borrow::Cow::into_owned)
+                .map_err(Error::tokenizer)
+        };
+        let prefix = |offset: usize| -> Result<String> {
+            Ok(normalize(INERT, offset)?.strip_suffix(INERT).unwrap_or_default().to_owned())
+        };
+        let mut probes = Self { first: prefix(0)?, later: prefix(1)?, space: String::new() };
+        probes.space = probes.unit(engine, " ")?.unwrap_or_default();
+        Ok(probes)
+    }
+
+    /// What the normalizer makes of `unit` inside a text.
+    fn unit(&self, engine: &PipelineTokenizer, unit: &str) -> Result<Option<String>> {
+        let behind_inert = format!("{INERT}{unit}");
+        let normalized = normalize_all(engine.get_normalizers(), &behind_inert, 1).map_err(Error::tokenizer)?;
+        Ok(normalized.strip_prefix(&self.later).and_then(|rest| rest.strip_prefix(INERT)).map(str::to_owned))
+    }
+}
+
+impl Tokenizer {
+    /// The bytes of `text` that each of `ids`, which are its encoding, covers.
+    ///
+    /// # Errors
+    /// If the tokens do not spell the text, which a normalizer or model outside the common families can cause.
+    pub fn spans(&self, text: &str, ids: &[i32]) -> Result<Vec<ByteSpan>> {
+        self.spans_until(text, ids, text.len())
+    }
+
+    /// The spans of the tokens up to the first that begins at or after byte `stop`.
+    pub(crate) fn spans_until(&self, text: &str, ids: &[i32], stop: usize) -> Result<Vec<ByteSpan>> {
+        if let Some(why) = &self.surfaces.refused {
+            return Err(Error::Tokenizer(why.clone()));
+        }
+        let mut walk = Walk { tokenizer: self, ids, spans: Vec::with_capacity(ids.len()) };
+        let mut at = 0;
+        while at < text.len() && at < stop {
+            let found = self.engine.get_added_vocabulary().extract_next(text.as_bytes(), at, false, false);
+            let ((start, end), id) = found.unwrap_or(((text.len(), text.len()), 0));
+            walk.chunk(&text[at..start], at)?;
+            if found.is_some() {
+                walk.added(id, ByteSpan { start, end })?;
+            }
+            at = end;
+        }
+        if at >= text.len() && walk.spans.len() != ids.len() {
+            return Err(walk.mismatch("the text ends"));
+        }
+        Ok(walk.spans)
+    }
+}
+
+/// The tokens, and how far they have been placed.
+struct Walk<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: &'a [i32],
+    spans: Vec<ByteSpan>,
+}
+
+impl Walk<'_> {
+    /// Place the next token, which is the added token `id`.
+    fn added(&mut self, id: u32, span: ByteSpan) -> Result<()> {
+        if self.ids.get(self.spans.len()).copied() != i32::try_from(id).ok() {
+            return Err(self.mismatch(&format!("added token {id} is expected")));
+        }
+        self.spans.push(span);
+        Ok(())
+    }
+
+    /// Place the tokens of `chunk`, a stretch between added tokens that begins at byte `base`.
+    fn chunk(&mut self, chunk: &str, base: usize) -> Result<()> {
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let engine = &self.tokenizer.engine;
+        let normalized = normalize_all(engine.get_normalizers(), chunk, base).map_err(Error::tokenizer)?;
+        let mut origin = if normalized == chunk { Origin::Same(chunk) } else { self.origin(chunk, &normalized, base)? };
+        let mut at = 0;
+        while at < normalized.len() {
+            let found = engine.get_added_vocabulary().extract_next(normalized.as_bytes(), at, true, false);
+            let ((start, end), id) = found.unwrap_or(((normalized.len(), normalized.len()), 0));
+            self.model_tokens(&normalized, at, start, &mut origin, base)?;
+            if found.is_some() {
+                self.added(id, origin.of(start, end).shifted(base))?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Place the model's tokens that spell `normalized[at..end]`.
+    fn model_tokens(
+        &mut self,
+        normalized: &str,
+        at: usize,
+        end: usize,
+        origin: &mut Origin,
+        base: usize,
+    ) -> Result<()> {
+        let mut at = at;
+        while at < end {
+            let Some(&id) = self.ids.get(self.spans.len()) else {
+                return Err(self.mismatch("the tokens end before the text"));
+            };
+            let rest = &normalized.as_bytes()[at..end];
+            let surfaces = &self.tokenizer.surfaces;
+            let length = if surfaces.fallback(id) == Some(rest[0]) {
+                1
+            } else {
+                let surface = surfaces.of(id);
+                if surface.is_empty() || !rest.starts_with(surface) {
+                    return Err(self
+                        .mismatch(&format!("it does not continue {:?}", &normalized[..at_boundary(normalized, at)])));
+                }
+                surface.len()
+            };
+            self.spans.push(origin.of(at, at + length).shifted(base));
+            at += length;
+        }
+        Ok(())
+    }
+
+    /// Trace `normalized` back to `chunk`, with what the normalizer put in front and without.
+    fn origin(&self, chunk: &str, normalized: &str, base: usize) -> Result<Origin<'static>> {
+        let probes = &self.tokenizer.probes;
+        let prefix = if base == 0 { &probes.first } else { &probes.later };
+        if !prefix.is_empty()
+            && normalized.starts_with(prefix.as_str())
+            && let Some(units) = self.units(chunk, normalized, prefix.len())?
+        {
+            return Ok(Origin::Units { units, cursor: 0 });
+        }
+        match self.units(chunk, normalized, 0)? {
+            Some(units) => Ok(Origin::Units { units, cursor: 0 }),
+            None => Err(Error::tokenizer(format!(
+                "its normalizer changes {chunk:?} in a way that cannot be traced to characters; give no \"read\" spans"
+            ))),
+        }
+    }
+
+    /// Pair the units of `chunk` with their bytes in `normalized[from..]`, or `None` if they do not pair.
+    fn units(&self, chunk: &str, normalized: &str, from: usize) -> Result<Option<Vec<Unit>>> {
+        let probes = &self.tokenizer.probes;
+        let mut units = Vec::with_capacity(chunk.len() + 1);
+        let (mut here, mut there) = (0, from);
+        while let Some(character) = chunk[here..].chars().next() {
+            let wide = character.len_utf8();
+            let rest = &normalized[there..];
+            let (taken, made) = if rest.starts_with(character) {
+                (wide, wide)
+            } else if character == ' ' && !probes.space.is_empty() && rest.starts_with(&probes.space) {
+                (wide, probes.space.len())
+            } else {
+                match self.grow_unit(&chunk[here..], rest)? {
+                    Some(pair) => pair,
+                    None => return Ok(None),
+                }
+            };
+            // What was put in front belongs to the first character, as in Python's alignments.
+            units.push(Unit { end: there + made, original: ByteSpan { start: here, end: here + taken } });
+            here += taken;
+            there += made;
+        }
+        Ok((there == normalized.len()).then_some(units))
+    }
+
+    /// The shortest run at the start of `chunk` whose normalization starts `rest`: its length and that of its image.
+    fn grow_unit(&self, chunk: &str, rest: &str) -> Result<Option<(usize, usize)>> {
+        for (at, character) in chunk.char_indices().take(LONGEST_UNIT) {
+            let taken = at + character.len_utf8();
+            let image = self.tokenizer.probes.unit(&self.tokenizer.engine, &chunk[..taken])?;
+            if let Some(image) = image.filter(|image| rest.starts_with(image.as_str())) {
+                return Ok(Some((taken, image.len())));
+            }
+        }
+        Ok(None)
+    }
+
+    fn mismatch(&self, what: &str) -> Error {
+        let at = self.spans.len();
+        Error::tokenizer(format!(
+            "the tokens do not spell their text: at token {at} of {} ({:?}) {what}; this tokenizer gives no spans for it",
+            self.ids.len(),
+            self.ids.get(at)
+        ))
+    }
+}
+
+fn at_boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
+}
+
+/// Normalized bytes up to `end` (and from the previous unit's end) come from `original`.
+#[derive(Debug)]
+struct Unit {
+    end: usize,
+    original: ByteSpan,
+}
+
+/// Where normalized bytes come from.
+enum Origin<'a> {
+    /// From the same place of this text.
+    Same(&'a str),
+    /// From these units; tokens come in order, so the place of the last one is kept.
+    Units { units: Vec<Unit>, cursor: usize },
+}
+
+impl Origin<'_> {
+    /// The original characters of the normalized bytes `start..end`, which is not empty.
+    fn of(&mut self, start: usize, end: usize) -> ByteSpan {
+        match self {
+            Self::Same(text) => ByteSpan {
+                start: at_boundary(text, start),
+                end: (end..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len()),
+            },
+            Self::Units { units, cursor } => {
+                while units[*cursor].end <= start {
+                    *cursor += 1;
+                }
+                let first = units[*cursor].original;
+                let mut last = *cursor;
+                while units[last].end < end {
+                    last += 1;
+                }
+                ByteSpan { start: first.start, end: units[last].original.end }
+            }
+        }
+    }
+}

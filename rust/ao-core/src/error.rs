@@ -1,0 +1,113 @@
+//! The one error type of the crate.
+//!
+//! A message says what is wrong, which input it concerns, what was expected, what was found and what to do.
+//! Errors raised deep inside are given their source and example on the way out by [`Error::in_example`].
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+/// What every fallible function of the crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, by what the reader of the message has to look at.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file that was asked for does not exist.
+    #[error("{}: no such file", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The operating system refused a read or a write.
+    #[error("{}: {action} failed: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done to it.
+        action: &'static str,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The tokenizer cannot be built or cannot do what is asked.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The chat template cannot be compiled or rendered, or does not have the shape that is needed.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// An argument or a field has a value that cannot be used.
+    #[error("{0}")]
+    Input(String),
+    /// The settings of a writer or of a source cannot be used.
+    #[error("settings: {0}")]
+    Settings(String),
+    /// One line of the input is not an example.
+    #[error("source {origin:?}, line {line}: {what}")]
+    Line {
+        /// The source's name.
+        origin: String,
+        /// The line, counted from 1 over everything that was added from this source.
+        line: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// One example cannot be packed.
+    #[error("source {origin:?}, example {id:?}: {error}")]
+    Example {
+        /// The source's name.
+        origin: String,
+        /// The example's id.
+        id: String,
+        /// What is wrong with it.
+        error: Box<Error>,
+    },
+    /// A shard does not hold what it should.
+    #[error("{}: {what}", path.display())]
+    Shard {
+        /// The shard.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A plan cannot be made from these arguments.
+    #[error("plan: {0}")]
+    Plan(String),
+}
+
+impl Error {
+    pub(crate) fn input(what: impl Display) -> Self {
+        Self::Input(what.to_string())
+    }
+
+    pub(crate) fn settings(what: impl Display) -> Self {
+        Self::Settings(what.to_string())
+    }
+
+    pub(crate) fn template(what: impl Display) -> Self {
+        Self::Template(what.to_string())
+    }
+
+    pub(crate) fn tokenizer(what: impl Display) -> Self {
+        Self::Tokenizer(what.to_string())
+    }
+
+    pub(crate) fn shard(path: &Path, what: impl Display) -> Self {
+        Self::Shard { path: path.to_owned(), what: what.to_string() }
+    }
+
+    /// An operating system error at `path`; a missing file is told apart, so that Python can raise its own error.
+    pub(crate) fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+        let path = path.to_owned();
+        if source.kind() == std::io::ErrorKind::NotFound {
+            Self::Missing { path }
+        } else {
+            Self::Io { path, action, source }
+        }
+    }
+
+    /// The same error, naming the example that it concerns.
+    #[must_use]
+    pub fn in_example(self, origin: &str, id: &str) -> Self {
+        Self::Example { origin: origin.to_owned(), id: id.to_owned(), error: Box::new(self) }
+    }
+}

@@ -1,0 +1,438 @@
+//! Text to aligned token ids: contexts, oracle prompts and answers.
+//!
+//! One implementation serves packing and asking, so an oracle is asked exactly as it was trained. A prompt is tokenized
+//! whole, its placeholders are found by the bytes of their run, and every id is checked.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::example::{Context, Message, Read};
+use crate::locate::{Located, mark, split_at_marks};
+use crate::manifest::{canonical_json, sha256_hex};
+use crate::span::{ByteSpan, CharIndex, CharSpan, overlapping};
+use crate::template::{Template, is_python_space};
+use crate::tokenize::Tokenizer;
+
+/// Turns contexts, questions and answers into token ids for one tokenizer and one chat template.
+pub struct Framer {
+    tokenizer: Tokenizer,
+    template: Template,
+    placeholder: String,
+    placeholder_id: i32,
+    end_of_turn_id: i32,
+    bos: Option<(String, i32)>,
+    shape: PromptShape,
+    fingerprint: BTreeMap<String, String>,
+}
+
+/// What the chat template puts around a user's turn, and whether it cuts white space from it.
+#[derive(Debug)]
+struct PromptShape {
+    before: String,
+    after: String,
+    cuts_end: bool,
+}
+
+/// A context as tokens.
+#[derive(Debug)]
+pub struct FramedContext {
+    /// The rendered text; of a raw string, the beginning-of-sequence token and the string.
+    pub text: String,
+    /// The tokens.
+    pub ids: Vec<i32>,
+    /// How many bytes of `text` stand before a raw string.
+    lead: usize,
+    source: Context,
+}
+
+/// An oracle prompt as tokens.
+#[derive(Debug)]
+pub struct FramedPrompt {
+    /// The rendered text.
+    pub text: String,
+    /// The tokens.
+    pub ids: Vec<i32>,
+    /// The indices of the placeholders among `ids`, layer by layer.
+    pub placeholders: Vec<i32>,
+}
+
+impl FramedContext {
+    /// The context as it was given.
+    #[must_use]
+    pub fn source(&self) -> &Context {
+        &self.source
+    }
+}
+
+impl Framer {
+    /// Build from the texts of `tokenizer.json`, of the chat template and of a JSON object of template variables
+    /// (`bos_token`, `eos_token` and so on; `null` for none).
+    ///
+    /// # Errors
+    /// If one of them cannot be used, or the placeholder is not one token per repetition in a prompt.
+    pub fn new(
+        tokenizer_json: &str,
+        chat_template: &str,
+        special_tokens_json: &str,
+        placeholder: &str,
+        date: &str,
+    ) -> Result<Self> {
+        let tokenizer = Tokenizer::from_json(tokenizer_json)?;
+        let mut variables: Map<String, Value> = serde_json::from_str(special_tokens_json)
+            .map_err(|error| Error::input(format!("the special tokens must be a JSON object: {error}")))?;
+        variables.retain(|_, value| !value.is_null());
+        let template = Template::new(chat_template, &variables, date)?;
+        let bos = token_of(&tokenizer, &variables, "bos_token")?;
+        let eos = token_of(&tokenizer, &variables, "eos_token")?;
+        let end_of_turn_id = end_of_turn(&tokenizer, &template, eos.as_ref())?;
+        let shape = PromptShape::new(&template)?;
+        let mut framer = Self {
+            tokenizer,
+            template,
+            placeholder: placeholder.to_owned(),
+            placeholder_id: -1,
+            end_of_turn_id,
+            bos,
+            shape,
+            fingerprint: BTreeMap::new(),
+        };
+        framer.placeholder_id = framer.find_placeholder()?;
+        framer.prompt(&[0, 10], 3, "x")?;
+        let date = if framer.template.uses_date() { date } else { "" };
+        framer.fingerprint = BTreeMap::from(
+            [
+                ("tokenizer", framer.tokenizer.fingerprint().to_owned()),
+                ("template", sha256_hex(chat_template.as_bytes())),
+                ("variables", sha256_hex(canonical_json(&Value::Object(variables)).as_bytes())),
+                ("placeholder", placeholder.to_owned()),
+                ("placeholder_id", framer.placeholder_id.to_string()),
+                ("end_of_turn_id", framer.end_of_turn_id.to_string()),
+                ("date", date.to_owned()),
+            ]
+            .map(|(key, value)| (key.to_owned(), value)),
+        );
+        Ok(framer)
+    }
+
+    /// The tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The id of the placeholder.
+    #[must_use]
+    pub fn placeholder_id(&self) -> i32 {
+        self.placeholder_id
+    }
+
+    /// The id that closes an assistant's turn; every answer ends with it.
+    #[must_use]
+    pub fn end_of_turn_id(&self) -> i32 {
+        self.end_of_turn_id
+    }
+
+    /// Whether the template prints the date.
+    #[must_use]
+    pub fn uses_date(&self) -> bool {
+        self.template.uses_date()
+    }
+
+    /// What decides the ids: hashes of tokenizer, template and variables, the placeholder, the date if it is printed.
+    #[must_use]
+    pub fn fingerprint(&self) -> &BTreeMap<String, String> {
+        &self.fingerprint
+    }
+
+    /// The tokens of a context. A conversation that ends with an assistant's turn is rendered closed, any other with
+    /// the generation prompt; a string stands behind the beginning-of-sequence token.
+    ///
+    /// # Errors
+    /// If the context is empty or the template refuses it.
+    pub fn context(&self, context: &Context) -> Result<FramedContext> {
+        let (text, ids, lead) = match context {
+            Context::Text(raw) => self.raw_context(raw)?,
+            Context::Messages(messages) => {
+                if messages.is_empty() {
+                    return Err(Error::input("the context is an empty list of messages"));
+                }
+                let text = self.template.render(messages, generation(messages))?;
+                let ids = self.tokenizer.encode(&text)?;
+                (text, ids, 0)
+            }
+        };
+        if ids.is_empty() {
+            return Err(Error::input("the context has no token"));
+        }
+        Ok(FramedContext { text, ids, lead, source: context.clone() })
+    }
+
+    fn raw_context(&self, raw: &str) -> Result<(String, Vec<i32>, usize)> {
+        if raw.is_empty() {
+            return Err(Error::input("the context is an empty string"));
+        }
+        let ids = self.tokenizer.encode(raw)?;
+        Ok(match &self.bos {
+            Some((bos, id)) => (format!("{bos}{raw}"), [&[*id], ids.as_slice()].concat(), bos.len()),
+            None => (raw.to_owned(), ids, 0),
+        })
+    }
+
+    /// The number of tokens in front of a raw string's own.
+    #[must_use]
+    pub fn num_lead_tokens(&self, context: &FramedContext) -> usize {
+        let bos = self.bos.as_ref().map(|(_, id)| *id);
+        usize::from(bos.is_some() && context.ids.first().copied() == bos)
+    }
+
+    /// The bytes of `context.text` that each token covers.
+    ///
+    /// # Errors
+    /// If the tokenizer's work cannot be traced.
+    pub fn token_spans(&self, context: &FramedContext) -> Result<Vec<ByteSpan>> {
+        let own = usize::from(context.lead > 0);
+        let mut spans: Vec<ByteSpan> =
+            (own == 1).then_some(ByteSpan { start: 0, end: context.lead }).into_iter().collect();
+        let rest = self.tokenizer.spans(&context.text[context.lead..], &context.ids[own..])?;
+        spans.extend(rest.into_iter().map(|span| span.shifted(context.lead)));
+        Ok(spans)
+    }
+
+    /// The tokens of `context` that overlap `read`, in order; all of them if there is none.
+    ///
+    /// # Errors
+    /// If a span lies outside its text, or no token is left.
+    pub fn readable(&self, context: &FramedContext, read: Option<&[Read]>) -> Result<Vec<i32>> {
+        let Some(read) = read else {
+            return Ok((0..context.ids.len() as i32).collect());
+        };
+        let wanted = match &context.source {
+            Context::Text(raw) => raw_spans(raw, read, context.lead)?,
+            Context::Messages(messages) => self.message_spans(messages, read, &context.text)?,
+        };
+        let tokens = self.token_spans(context)?;
+        let mut chosen = vec![false; tokens.len()];
+        for span in wanted {
+            let overlap = overlapping(&tokens, span);
+            chosen[overlap.start..overlap.end].fill(true);
+        }
+        let readable: Vec<i32> = (0..).zip(chosen).filter_map(|(at, chosen)| chosen.then_some(at)).collect();
+        if readable.is_empty() {
+            return Err(Error::input("\"read\" selects no token; give spans that are not empty"));
+        }
+        Ok(readable)
+    }
+
+    fn message_spans(&self, messages: &[Message], read: &[Read], text: &str) -> Result<Vec<ByteSpan>> {
+        let located = Located::new(&self.template, messages, generation(messages), text)?;
+        let bos = self.bos.as_ref().map_or("", |(bos, _)| bos.as_str());
+        read.iter()
+            .map(|read| {
+                let number =
+                    read.message.ok_or_else(|| Error::input("\"read\" of a list of messages needs \"message\""))?;
+                let message = messages.get(number).ok_or_else(|| {
+                    Error::input(format!("\"read\" names message {number}, but there are {}", messages.len()))
+                })?;
+                match (read.start, read.end, read.onwards) {
+                    (None, None, false) => located.turn(&self.template, messages, number, bos, text),
+                    (None, None, true) => Ok(ByteSpan {
+                        start: located.turn_start(&self.template, messages, number, bos)?,
+                        end: text.len(),
+                    }),
+                    (Some(start), Some(end), false) => {
+                        let span = char_span(&message.content, start, end, &format!("message {number}"))?;
+                        Ok(clip(span, located.cut[number], located.contents[number]))
+                    }
+                    _ => Err(Error::input(
+                        "\"read\" of a message needs \"start\" and \"end\", or neither, or only \"onwards\"",
+                    )),
+                }
+            })
+            .collect()
+    }
+
+    /// The tokens of an oracle prompt: for each of `layers` the line with its number and `num_positions` placeholders,
+    /// then the question, as a user's turn with the generation prompt behind it.
+    ///
+    /// # Errors
+    /// If the placeholders do not come out as one token each.
+    pub fn prompt(&self, layers: &[usize], num_positions: usize, question: &str) -> Result<FramedPrompt> {
+        if layers.is_empty() || num_positions == 0 {
+            return Err(Error::input("a prompt needs at least one layer and one position"));
+        }
+        let mut content = String::new();
+        let mut runs = Vec::with_capacity(layers.len());
+        for layer in layers {
+            content.push_str(&format!("Layer: {layer}\n"));
+            runs.push(content.len());
+            for _ in 0..num_positions {
+                content.push_str(&self.placeholder);
+            }
+            content.push_str(" \n");
+        }
+        content.push_str(question);
+        let text = self.user_turn(&content)?;
+        let ids = self.tokenizer.encode(&text)?;
+        let placeholders = self.placeholders(&text, &ids, &runs, num_positions)?;
+        Ok(FramedPrompt { text, ids, placeholders })
+    }
+
+    /// `content` as a user's turn. What could be markup to the template is rendered, to see what it does with it.
+    fn user_turn(&self, content: &str) -> Result<String> {
+        let text = self.shape.around(content);
+        if content.contains(['<', '[', '{', '|']) && self.template.render(&[user(content)], true)? != text {
+            return Err(Error::template(
+                "a question changes what the template puts around it, so its placeholders cannot be found; reword it",
+            ));
+        }
+        Ok(text)
+    }
+
+    /// The indices of the placeholder runs that begin at the bytes `runs` of the turn's content.
+    fn placeholders(&self, text: &str, ids: &[i32], runs: &[usize], num_positions: usize) -> Result<Vec<i32>> {
+        let width = self.placeholder.len();
+        let stop = self.shape.before.len() + runs[runs.len() - 1] + num_positions * width;
+        let spans = self.tokenizer.spans_until(text, ids, stop + 1)?;
+        let mut found = Vec::with_capacity(runs.len() * num_positions);
+        for run in runs {
+            let start = self.shape.before.len() + run;
+            let first = spans.partition_point(|span| span.end <= start);
+            for at in 0..num_positions {
+                let expected = ByteSpan { start: start + at * width, end: start + (at + 1) * width };
+                let token = first + at;
+                if spans.get(token) != Some(&expected) || ids[token] != self.placeholder_id {
+                    return Err(Error::input(format!(
+                        "the placeholder {:?} is not one token per repetition: repetition {at} of {num_positions} came out \
+                         as id {:?}, expected {}; choose another placeholder for this tokenizer",
+                        self.placeholder,
+                        ids.get(token),
+                        self.placeholder_id
+                    )));
+                }
+                found.push(token as i32);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The id that the placeholder has in a prompt.
+    fn find_placeholder(&self) -> Result<i32> {
+        let content = format!("Layer: 0\n{} \nx", self.placeholder);
+        let text = self.shape.around(&content);
+        let ids = self.tokenizer.encode(&text)?;
+        let start = self.shape.before.len() + "Layer: 0\n".len();
+        let expected = ByteSpan { start, end: start + self.placeholder.len() };
+        let spans = self.tokenizer.spans(&text, &ids)?;
+        spans.iter().position(|&span| span == expected && !self.placeholder.is_empty()).map(|at| ids[at]).ok_or_else(
+            || {
+                Error::input(format!(
+                    "the placeholder {:?} is not one token in a prompt of this tokenizer; choose another one",
+                    self.placeholder
+                ))
+            },
+        )
+    }
+
+    /// The tokens of an answer, encoded alone, and the end of the turn.
+    ///
+    /// # Errors
+    /// If the answer is empty.
+    pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
+        let mut ids = self.tokenizer.encode(answer)?;
+        if ids.is_empty() {
+            return Err(Error::input("the answer is empty: an example without a supervised token"));
+        }
+        ids.push(self.end_of_turn_id);
+        Ok(ids)
+    }
+}
+
+impl PromptShape {
+    /// Split the template around a user's turn, and check the split on a turn with outer white space.
+    fn new(template: &Template) -> Result<Self> {
+        let pieces = split_at_marks(&template.render(&[user(&mark(0))], true)?, 1);
+        let Some([before, after]) = pieces.and_then(|pieces| <[String; 2]>::try_from(pieces).ok()) else {
+            return Err(Error::template("it does not show a user's turn exactly once"));
+        };
+        let odd = "Layer: 0\n ? \n  two  words\t\n ";
+        let rendered = template.render(&[user(odd)], true)?;
+        [false, true]
+            .into_iter()
+            .map(|cuts_end| Self { before: before.clone(), after: after.clone(), cuts_end })
+            .find(|shape| shape.around(odd) == rendered)
+            .ok_or_else(|| Error::template("it changes a user's turn by more than its outer white space"))
+    }
+
+    fn around(&self, content: &str) -> String {
+        let shown = if self.cuts_end { content.trim_end_matches(is_python_space) } else { content };
+        [&self.before, shown, &self.after].concat()
+    }
+}
+
+/// Whether a conversation gets the generation prompt: always, unless the assistant has just spoken.
+fn generation(messages: &[Message]) -> bool {
+    messages.last().is_none_or(|message| message.role != "assistant")
+}
+
+fn user(content: &str) -> Message {
+    Message { role: "user".to_owned(), content: content.to_owned() }
+}
+
+/// The special token `name` and its id, if there is one.
+fn token_of(tokenizer: &Tokenizer, variables: &Map<String, Value>, name: &str) -> Result<Option<(String, i32)>> {
+    let Some(value) = variables.get(name) else { return Ok(None) };
+    let content =
+        value.as_str().ok_or_else(|| Error::input(format!("{name} must be a string or null, got {value}")))?;
+    match tokenizer.encode(content)?[..] {
+        [id] => Ok(Some((content.to_owned(), id))),
+        ref ids => Err(Error::input(format!(
+            "{name} {content:?} must be one token of this tokenizer, got {} tokens",
+            ids.len()
+        ))),
+    }
+}
+
+/// What closes an assistant's turn: the first special token behind its content, else the end of the sequence.
+fn end_of_turn(tokenizer: &Tokenizer, template: &Template, eos: Option<&(String, i32)>) -> Result<i32> {
+    let turns = [user("x"), Message { role: "assistant".to_owned(), content: mark(0) }];
+    let behind = template
+        .render(&turns, false)
+        .ok()
+        .and_then(|text| split_at_marks(&text, 1))
+        .and_then(|pieces| pieces.into_iter().nth(1))
+        .unwrap_or_default();
+    tokenizer.encode(&behind)?.into_iter().find(|&id| tokenizer.is_special(id)).or(eos.map(|(_, id)| *id)).ok_or_else(
+        || {
+            Error::template(
+                "no special token closes an assistant's turn and there is no eos_token; give one in the special tokens",
+            )
+        },
+    )
+}
+
+fn raw_spans(raw: &str, read: &[Read], lead: usize) -> Result<Vec<ByteSpan>> {
+    read.iter()
+        .map(|read| match (read.message, read.start, read.end, read.onwards) {
+            (None, Some(start), Some(end), false) => Ok(char_span(raw, start, end, "the context")?.shifted(lead)),
+            _ => Err(Error::input("\"read\" of a string needs \"start\" and \"end\" and nothing else")),
+        })
+        .collect()
+}
+
+fn char_span(text: &str, start: usize, end: usize, whose: &str) -> Result<ByteSpan> {
+    let index = CharIndex::new(text);
+    index.to_bytes(CharSpan { start, end }).ok_or_else(|| {
+        Error::input(format!(
+            "\"read\" from {start} to {end} is outside {whose}, which has {} code points",
+            index.num_chars()
+        ))
+    })
+}
+
+/// A span of a content's bytes, moved to where the content stands, less what the template cut.
+fn clip(span: ByteSpan, cut: usize, shown: ByteSpan) -> ByteSpan {
+    let place = |at: usize| (shown.start + at.saturating_sub(cut)).min(shown.end);
+    ByteSpan { start: place(span.start), end: place(span.end) }
+}

@@ -1,0 +1,25 @@
+//! Packing of activation-oracle training data, without Python.
+//!
+//! [`frame::Framer`] turns contexts, questions and answers into aligned token ids; [`pack::PackWriter`] turns examples
+//! into shards that [`shard`] reads back; [`plan::plan`] says which datapoints make a training step. All randomness is
+//! keyed by seed and id, so the same input gives the same bytes whatever the number of threads.
+
+#![deny(missing_docs)]
+
+mod align;
+pub mod datapoint;
+pub mod error;
+pub mod example;
+pub mod frame;
+pub mod lens;
+pub mod locate;
+pub mod manifest;
+pub mod pack;
+pub mod plan;
+pub mod sample;
+pub mod shard;
+pub mod span;
+pub mod template;
+pub mod tokenize;
+
+pub use error::{Error, Result};

@@ -1,0 +1,176 @@
+//! Where each message's content and each turn stands in a rendered conversation.
+//!
+//! Content is never searched for: it may repeat, or read like markup. The conversation is rendered once more with a
+//! private-use mark in place of each content; the pieces between the marks, joined with the real contents (or with
+//! their white space cut, as many templates do), must spell the real rendering, else nothing is told.
+
+use crate::error::{Error, Result};
+use crate::example::Message;
+use crate::span::ByteSpan;
+use crate::template::{Template, is_python_space};
+
+/// The rendered text of a conversation and what stands where in it.
+#[derive(Debug)]
+pub struct Located {
+    /// Each message's content as rendered, its white space cut where the template cuts it.
+    pub contents: Vec<ByteSpan>,
+    /// For each content, how many bytes the template cut from its start.
+    pub cut: Vec<usize>,
+    /// The pieces between the contents, one more than there are contents.
+    pieces: Vec<String>,
+}
+
+/// A mark that no text holds: the number of a message in private-use characters, fenced so that none contains another.
+pub(crate) fn mark(number: usize) -> String {
+    let digits = number.to_string();
+    let digits = digits.bytes().map(|digit| char::from_u32(0xF_F700 + u32::from(digit)).expect("private use"));
+    std::iter::once('\u{ff6fe}').chain(digits).chain(std::iter::once('\u{ff6ff}')).collect()
+}
+
+/// The same conversation with a mark for each content.
+pub(crate) fn marked(messages: &[Message]) -> Vec<Message> {
+    messages
+        .iter()
+        .enumerate()
+        .map(|(number, message)| Message { role: message.role.clone(), content: mark(number) })
+        .collect()
+}
+
+/// Cut `text` at the marks of `count` messages, which must stand in order, once each.
+pub(crate) fn split_at_marks(text: &str, count: usize) -> Option<Vec<String>> {
+    let mut pieces = Vec::with_capacity(count + 1);
+    let mut rest = text;
+    for number in 0..count {
+        let (before, after) = rest.split_once(&mark(number))?;
+        pieces.push(before.to_owned());
+        rest = after;
+    }
+    pieces.push(rest.to_owned());
+    (!pieces.iter().any(|piece| piece.contains('\u{ff6fe}'))).then_some(pieces)
+}
+
+impl Located {
+    /// Locate the contents of `messages` in `text`, their rendering.
+    ///
+    /// # Errors
+    /// If the template does more with a content than to show it with its white space cut.
+    pub fn new(template: &Template, messages: &[Message], generation: bool, text: &str) -> Result<Self> {
+        let skeleton = template.render(&marked(messages), generation)?;
+        let pieces = split_at_marks(&skeleton, messages.len())
+            .ok_or_else(|| refused("shows a message not at all, twice or out of order"))?;
+        let mut located =
+            Self { contents: Vec::with_capacity(messages.len()), cut: Vec::with_capacity(messages.len()), pieces };
+        let start = located.pieces[0].len();
+        if !text.starts_with(&located.pieces[0]) || !located.place(messages, text, start) {
+            return Err(refused("changes a content by more than its outer white space, or its markup by a content"));
+        }
+        Ok(located)
+    }
+
+    /// Place the contents from the next one on, which must begin at byte `at`; `false` leaves nothing changed.
+    fn place(&mut self, messages: &[Message], text: &str, at: usize) -> bool {
+        let number = self.contents.len();
+        let Some(message) = messages.get(number) else {
+            return at == text.len();
+        };
+        for shown in forms(&message.content) {
+            let end = at + shown.len();
+            let piece = &self.pieces[number + 1];
+            if !text[at..].starts_with(shown) || !text[end..].starts_with(piece.as_str()) {
+                continue;
+            }
+            let next = end + piece.len();
+            self.contents.push(ByteSpan { start: at, end });
+            self.cut.push(shown.as_ptr() as usize - message.content.as_ptr() as usize);
+            if self.place(messages, text, next) {
+                return true;
+            }
+            self.contents.pop();
+            self.cut.pop();
+        }
+        false
+    }
+
+    /// The bytes of turn `number`, from its header to the next turn's.
+    ///
+    /// # Errors
+    /// If the template rewrites earlier turns, so that a turn has no place of its own.
+    pub fn turn(
+        &self,
+        template: &Template,
+        messages: &[Message],
+        number: usize,
+        bos: &str,
+        text: &str,
+    ) -> Result<ByteSpan> {
+        Ok(ByteSpan {
+            start: self.turn_start(template, messages, number, bos)?,
+            end: if number + 1 == messages.len() {
+                text.len()
+            } else {
+                self.turn_start(template, messages, number + 1, bos)?
+            },
+        })
+    }
+
+    /// Where the header of turn `number` begins.
+    pub(crate) fn turn_start(
+        &self,
+        template: &Template,
+        messages: &[Message],
+        number: usize,
+        bos: &str,
+    ) -> Result<usize> {
+        if number == 0 {
+            return Ok(if self.pieces[0].starts_with(bos) { bos.len() } else { 0 });
+        }
+        let before = &self.pieces[number];
+        let footer = self
+            .footer_by_prefix(template, messages, number)
+            .or_else(|| self.footer_by_suffix(template, messages, number, bos))
+            .ok_or_else(|| refused("does not render its turns one behind the other; give \"start\" and \"end\""))?;
+        debug_assert!(footer <= before.len());
+        Ok(self.contents[number - 1].end + footer)
+    }
+
+    /// The length of the footer before turn `number`: what the conversation up to there, rendered alone, ends with.
+    fn footer_by_prefix(&self, template: &Template, messages: &[Message], number: usize) -> Option<usize> {
+        let alone = template.render(&marked(&messages[..number]), false).ok()?;
+        let pieces = split_at_marks(&alone, number)?;
+        let footer = pieces.last()?;
+        (pieces[..number] == self.pieces[..number] && self.pieces[number].starts_with(footer.as_str()))
+            .then_some(footer.len())
+    }
+
+    /// The same, from the conversation that begins with that turn: its header must end the piece. For templates that
+    /// refuse a conversation without a user's turn.
+    fn footer_by_suffix(&self, template: &Template, messages: &[Message], number: usize, bos: &str) -> Option<usize> {
+        let alone = template.render(&marked(&messages[number..]), false).ok()?;
+        let pieces = split_at_marks(&alone, messages.len() - number)?;
+        let header = pieces[0].strip_prefix(bos).unwrap_or(&pieces[0]);
+        let piece = &self.pieces[number];
+        (!header.is_empty() && piece.ends_with(header)).then(|| piece.len() - header.len())
+    }
+}
+
+/// The forms in which templates show a content, each once.
+fn forms(content: &str) -> Vec<&str> {
+    let mut forms = vec![
+        content,
+        content.trim_matches(is_python_space),
+        content.trim_start_matches(is_python_space),
+        content.trim_end_matches(is_python_space),
+        content.trim_start_matches('\n'),
+        content.trim_end_matches('\n'),
+        content.trim_matches('\n'),
+    ];
+    forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
+    forms.dedup();
+    forms
+}
+
+fn refused(what: &str) -> Error {
+    Error::template(format!(
+        "the places of the messages are not known, because the template {what}; leave \"read\" out to read everything"
+    ))
+}

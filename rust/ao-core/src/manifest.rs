@@ -1,0 +1,134 @@
+//! Canonical JSON, fingerprints and the only way in which a file is written.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// `value` with sorted keys and no spaces, so that equal values are equal bytes.
+#[must_use]
+pub fn canonical_json(value: &Value) -> String {
+    let mut out = String::new();
+    write_canonical(value, &mut out);
+    out
+}
+
+fn write_canonical(value: &Value, out: &mut String) {
+    match value {
+        Value::Object(map) => {
+            let mut entries: Vec<_> = map.iter().collect();
+            entries.sort_by_key(|(key, _)| key.as_str());
+            out.push('{');
+            for (at, (key, entry)) in entries.into_iter().enumerate() {
+                if at > 0 {
+                    out.push(',');
+                }
+                out.push_str(&Value::from(key.as_str()).to_string());
+                out.push(':');
+                write_canonical(entry, out);
+            }
+            out.push('}');
+        }
+        Value::Array(items) => {
+            out.push('[');
+            for (at, item) in items.iter().enumerate() {
+                if at > 0 {
+                    out.push(',');
+                }
+                write_canonical(item, out);
+            }
+            out.push(']');
+        }
+        scalar => out.push_str(&scalar.to_string()),
+    }
+}
+
+/// The sha256 of `bytes` in lower-case hexadecimal.
+#[must_use]
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, byte| {
+        write!(out, "{byte:02x}").expect("a string accepts every write");
+        out
+    })
+}
+
+/// Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut.
+///
+/// The data go to a sibling, are flushed to the disk, and the sibling takes the name; then the folder is flushed.
+///
+/// # Errors
+/// If the operating system refuses; no temporary file is left behind.
+pub fn write_atomic(path: &Path, data: &[u8]) -> Result<()> {
+    let sibling = Sibling::create(path)?;
+    sibling.write(data)?;
+    sibling.rename_to(path)
+}
+
+/// A temporary file beside its final place, removed when dropped before the rename.
+struct Sibling {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl Sibling {
+    fn create(beside: &Path) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name =
+            beside.file_name().ok_or_else(|| Error::input(format!("{}: not the name of a file", beside.display())))?;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path =
+            beside.with_file_name(format!(".{}.{}.{number}.partial", name.to_string_lossy(), std::process::id()));
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|error| Error::io(&path, "creating", error))?;
+        Ok(Self { path, file: Some(file) })
+    }
+
+    fn write(&self, data: &[u8]) -> Result<()> {
+        let mut file = self.file.as_ref().expect("the file is open until the rename");
+        file.write_all(data).map_err(|error| Error::io(&self.path, "writing", error))?;
+        file.sync_all().map_err(|error| Error::io(&self.path, "flushing", error))
+    }
+
+    fn rename_to(mut self, path: &Path) -> Result<()> {
+        std::fs::rename(&self.path, path).map_err(|error| Error::io(path, "renaming into place", error))?;
+        self.file = None;
+        sync_folder(path)
+    }
+}
+
+impl Drop for Sibling {
+    fn drop(&mut self) {
+        if self.file.take().is_some() {
+            // Nothing better can be done about a failure here than to leave the file; its name says what it is.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Make a rename in the folder of `path` last.
+#[cfg(unix)]
+fn sync_folder(path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(folder, "flushing", error))
+}
+
+#[cfg(not(unix))]
+fn sync_folder(_path: &Path) -> Result<()> {
+    Ok(())
+}

@@ -1,0 +1,445 @@
+//! The writer of packed data sets: examples in, shards and a manifest out.
+//!
+//! Examples are built in parallel and taken in order, so the bytes depend on the input alone. The manifest is written
+//! last: where it stands, the data set is whole.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::datapoint::{Common, Datapoint, LayersPerExample, Outcome, Share, Source, SourceKind, build};
+use crate::error::{Error, Result};
+use crate::example::{Example, Positions};
+use crate::frame::Framer;
+use crate::lens::{Direction, LensSettings};
+use crate::manifest::{canonical_json, sha256_hex, write_atomic};
+use crate::shard;
+
+/// How many lines are built before their datapoints are taken over, whatever the number of threads.
+const LINES_AT_ONCE: usize = 4096;
+
+const MANIFEST: &str = "manifest.json";
+
+/// The settings of a writer, as JSON.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PackSettings {
+    seed: u64,
+    num_layers: usize,
+    read_layers: Vec<usize>,
+    layers_per_example: LayersPerExample,
+    #[serde(default = "default_examples_per_shard")]
+    examples_per_shard: usize,
+    max_input_tokens: usize,
+    max_context_tokens: usize,
+    #[serde(default)]
+    oracle: Value,
+    #[serde(default)]
+    targets: Value,
+    #[serde(default)]
+    config: Value,
+}
+
+fn default_examples_per_shard() -> usize {
+    8192
+}
+
+/// One source, as JSON.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SourceSettings {
+    name: String,
+    kind: String,
+    #[serde(default)]
+    reads: Vec<ReadSettings>,
+    single_share: Option<f64>,
+    window: Option<[usize; 2]>,
+    predict: Option<[usize; 2]>,
+    direction: Option<String>,
+    max_context_tokens: Option<usize>,
+}
+
+/// One rule of a mixture, as JSON: a share, and `all`, `positions` or `window` with `before_end`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReadSettings {
+    share: f64,
+    #[serde(default)]
+    all: bool,
+    window: Option<[usize; 2]>,
+    before_end: Option<[usize; 2]>,
+    positions: Option<Positions>,
+}
+
+impl ReadSettings {
+    fn share(self) -> Result<Share> {
+        if !(self.share.is_finite() && self.share > 0.0) {
+            return Err(Error::settings(format!("\"share\" in \"reads\" must be above 0, got {}", self.share)));
+        }
+        let positions = match (self.all, self.window, self.before_end, self.positions) {
+            (true, None, None, None) => Positions::All,
+            (false, Some(window), before_end, None) => Positions::window(window, before_end.unwrap_or([0, 0]))?,
+            (false, None, None, Some(positions)) => positions,
+            _ => {
+                return Err(Error::settings(
+                    "each of \"reads\" needs one of \"all\": true, \"window\" (with \"before_end\") and \"positions\"",
+                ));
+            }
+        };
+        Ok(Share { share: self.share, positions })
+    }
+}
+
+impl Source {
+    /// Read a source's settings from JSON.
+    ///
+    /// # Errors
+    /// If a field is unknown, missing for the kind or out of range.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let settings: SourceSettings =
+            serde_json::from_str(text).map_err(|error| Error::settings(format!("in a source: {error}")))?;
+        let name = settings.name.clone();
+        settings.resolve().map_err(|error| Error::settings(format!("source {name:?}: {error}")))
+    }
+}
+
+impl SourceSettings {
+    fn resolve(mut self) -> Result<Source> {
+        let reads = std::mem::take(&mut self.reads).into_iter().map(ReadSettings::share).collect::<Result<Vec<_>>>()?;
+        let total: f64 = reads.iter().map(|read| read.share).sum();
+        if !reads.is_empty() && (total - 1.0).abs() > 1e-6 {
+            return Err(Error::settings(format!("the shares in \"reads\" must add up to 1, got {total}")));
+        }
+        let name = Arc::from(self.name.as_str());
+        let kind = match self.kind.as_str() {
+            "records" => self.records()?,
+            "context_prediction" => self.lens(!reads.is_empty())?,
+            other => {
+                return Err(Error::settings(format!(
+                    "\"kind\" must be \"records\" or \"context_prediction\", got {other:?}"
+                )));
+            }
+        };
+        Ok(Source { name, kind, reads })
+    }
+
+    fn records(self) -> Result<SourceKind> {
+        let lens_only = self.single_share.is_some()
+            || self.window.is_some()
+            || self.predict.is_some()
+            || self.direction.is_some()
+            || self.max_context_tokens.is_some();
+        if lens_only {
+            return Err(Error::settings(
+                "\"single_share\", \"window\", \"predict\", \"direction\" and \"max_context_tokens\" are for the kind \"context_prediction\"",
+            ));
+        }
+        Ok(SourceKind::Records)
+    }
+
+    fn lens(self, has_reads: bool) -> Result<SourceKind> {
+        if has_reads {
+            return Err(Error::settings("\"reads\" is not for the kind \"context_prediction\", which has \"window\""));
+        }
+        let settings = LensSettings {
+            single_share: self.single_share.unwrap_or(0.5),
+            window: self.window.unwrap_or([1, 50]),
+            predict: self.predict.unwrap_or([1, 50]),
+            direction: match self.direction.as_deref() {
+                None | Some("both") => Direction::Both,
+                Some("next") => Direction::Next,
+                Some("previous") => Direction::Previous,
+                Some(other) => {
+                    return Err(Error::settings(format!(
+                        "\"direction\" must be \"both\", \"next\" or \"previous\", got {other:?}"
+                    )));
+                }
+            },
+            max_context_tokens: self.max_context_tokens.unwrap_or(512),
+        };
+        for (name, [least, most]) in [("window", settings.window), ("predict", settings.predict)] {
+            if least == 0 || least > most {
+                return Err(Error::settings(format!(
+                    "{name:?} must be [least, greatest] with 1 <= least <= greatest, got [{least}, {most}]"
+                )));
+            }
+        }
+        if !(0.0..=1.0).contains(&settings.single_share) {
+            return Err(Error::settings(format!(
+                "\"single_share\" must lie between 0 and 1, got {}",
+                settings.single_share
+            )));
+        }
+        Ok(SourceKind::ContextPrediction(settings))
+    }
+}
+
+/// What has been written so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Examples kept.
+    pub examples: usize,
+    /// Datapoints made of them.
+    pub datapoints: usize,
+    /// Tokens of their inputs.
+    pub tokens: usize,
+    /// Examples left out, by reason.
+    pub drops: BTreeMap<String, usize>,
+}
+
+/// Writes a packed data set into one folder.
+pub struct PackWriter {
+    folder: PathBuf,
+    common: Common,
+    settings: PackSettings,
+    counts: Counts,
+    per_source: BTreeMap<String, usize>,
+    lines: BTreeMap<String, usize>,
+    seen: HashSet<u128>,
+    pending: Vec<Datapoint>,
+    pending_examples: usize,
+    shards: Vec<Value>,
+    fingerprints: Value,
+    state: State,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Failed,
+    Finished,
+}
+
+impl PackWriter {
+    /// Start a data set in `folder`, which is made if it is not there. The settings are JSON; see `INTERFACES`.
+    ///
+    /// # Errors
+    /// If a setting is unknown or out of range, or the folder cannot be made.
+    pub fn new(folder: &Path, framer: &Framer, settings_json: &str) -> Result<Self> {
+        let settings: PackSettings = serde_json::from_str(settings_json).map_err(Error::settings)?;
+        let common = settings.common()?;
+        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "creating the folder", error))?;
+        let fingerprints = json!({
+            "framer": framer.fingerprint(),
+            "oracle": settings.oracle,
+            "targets": settings.targets,
+        });
+        Ok(Self {
+            folder: folder.to_owned(),
+            common,
+            settings,
+            counts: Counts::default(),
+            per_source: BTreeMap::new(),
+            lines: BTreeMap::new(),
+            seen: HashSet::new(),
+            pending: Vec::new(),
+            pending_examples: 0,
+            shards: Vec::new(),
+            fingerprints,
+            state: State::Open,
+        })
+    }
+
+    /// Add the examples of one source, one JSON object per line. Full shards are written.
+    ///
+    /// # Errors
+    /// If an example cannot be used or a shard cannot be written. After an error the writer refuses further work: the
+    /// folder holds whole shards but no manifest.
+    pub fn add(&mut self, framer: &Framer, source_json: &str, examples_jsonl: &[u8]) -> Result<Counts> {
+        self.require_open()?;
+        let source = Source::from_json(source_json)?;
+        self.state = State::Failed;
+        let lines: Vec<&[u8]> = examples_jsonl.split(|&byte| byte == b'\n').collect();
+        let before = self.lines.get(&*source.name).copied().unwrap_or(0);
+        for (chunk_at, chunk) in lines.chunks(LINES_AT_ONCE).enumerate() {
+            let first = before + chunk_at * LINES_AT_ONCE + 1;
+            let built: Vec<Option<Built>> = chunk
+                .par_iter()
+                .enumerate()
+                .map(|(at, line)| Built::from_line(framer, &self.common, &source, first + at, line))
+                .collect();
+            for built in built.into_iter().flatten() {
+                self.take(&source, built)?;
+            }
+        }
+        // The text behind the last newline is a line only if there is any.
+        let count = lines.len() - usize::from(lines.last().is_some_and(|line| line.is_empty()));
+        *self.lines.entry(source.name.to_string()).or_default() += count;
+        self.state = State::Open;
+        Ok(self.counts.clone())
+    }
+
+    fn take(&mut self, source: &Source, built: Built) -> Result<()> {
+        let id = built.id?;
+        if !self.seen.insert(xxh3_128(id.as_bytes())) {
+            return Err(
+                Error::input("the id was used before; ids must be unique in a data set").in_example(&source.name, &id)
+            );
+        }
+        match built.outcome? {
+            Outcome::Dropped(reason) => *self.counts.drops.entry(reason.to_owned()).or_default() += 1,
+            Outcome::Kept(datapoints) => {
+                self.counts.examples += 1;
+                self.counts.datapoints += datapoints.len();
+                self.counts.tokens += datapoints.iter().map(|datapoint| datapoint.input_ids.len()).sum::<usize>();
+                for datapoint in &datapoints {
+                    *self.per_source.entry(datapoint.source.to_string()).or_default() += 1;
+                }
+                self.pending.extend(datapoints);
+                self.pending_examples += 1;
+                if self.pending_examples == self.settings.examples_per_shard {
+                    self.write_shard()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_shard(&mut self) -> Result<()> {
+        if self.shards.is_empty() {
+            self.remove_stale(MANIFEST)?;
+        }
+        let file = shard_name(self.shards.len());
+        let bytes = shard::encode(&self.pending, &self.fingerprints)?;
+        write_atomic(&self.folder.join(&file), &bytes)?;
+        self.shards.push(json!({
+            "file": file,
+            "sha256": sha256_hex(&bytes),
+            "bytes": bytes.len(),
+            "datapoints": self.pending.len(),
+            "examples": self.pending_examples,
+        }));
+        self.pending.clear();
+        self.pending_examples = 0;
+        Ok(())
+    }
+
+    /// Write the last shard and the manifest, and return the manifest's text.
+    ///
+    /// # Errors
+    /// If nothing was kept, an error came before, or a file cannot be written.
+    pub fn finish(&mut self) -> Result<String> {
+        self.require_open()?;
+        if self.counts.datapoints == 0 {
+            return Err(Error::input(format!(
+                "no example was kept, so there is nothing to pack; drops by reason: {:?}",
+                self.counts.drops
+            )));
+        }
+        self.state = State::Failed;
+        if self.pending_examples > 0 {
+            self.write_shard()?;
+        }
+        self.remove_later_shards()?;
+        let manifest = canonical_json(&json!({
+            "schema": shard::SCHEMA,
+            "kind": "packed",
+            "framer": self.fingerprints["framer"],
+            "oracle": self.settings.oracle,
+            "targets": self.settings.targets,
+            "shards": self.shards,
+            "counts": {
+                "examples": self.counts.examples,
+                "datapoints": self.counts.datapoints,
+                "tokens": self.counts.tokens,
+                "sources": self.per_source,
+            },
+            "drops": self.counts.drops,
+            "config": self.settings.config,
+        }));
+        write_atomic(&self.folder.join(MANIFEST), manifest.as_bytes())?;
+        self.state = State::Finished;
+        Ok(manifest)
+    }
+
+    fn require_open(&self) -> Result<()> {
+        match self.state {
+            State::Open => Ok(()),
+            State::Failed => {
+                Err(Error::input("this writer stopped at an error; make a new one and add everything again"))
+            }
+            State::Finished => Err(Error::input("this writer has finished; make a new one")),
+        }
+    }
+
+    /// Shards of an earlier, longer data set in the same folder.
+    fn remove_later_shards(&self) -> Result<()> {
+        for number in self.shards.len().. {
+            if !self.remove_stale(&shard_name(number))? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_stale(&self, name: &str) -> Result<bool> {
+        let path = self.folder.join(name);
+        match std::fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Error::io(&path, "removing", error)),
+        }
+    }
+}
+
+fn shard_name(number: usize) -> String {
+    format!("shard-{number:05}.safetensors")
+}
+
+impl PackSettings {
+    fn common(&self) -> Result<Common> {
+        if self.read_layers.is_empty() {
+            return Err(Error::settings("\"read_layers\" is empty; name at least one layer"));
+        }
+        if let Some(layer) = self.read_layers.iter().find(|&&layer| layer >= self.num_layers) {
+            return Err(Error::settings(format!(
+                "\"read_layers\" names layer {layer} of a model with {} layers",
+                self.num_layers
+            )));
+        }
+        if self.num_layers > i16::MAX as usize {
+            return Err(Error::settings(format!("\"num_layers\" is {}, at most {} fit", self.num_layers, i16::MAX)));
+        }
+        if self.examples_per_shard == 0 {
+            return Err(Error::settings("\"examples_per_shard\" must be at least 1"));
+        }
+        Ok(Common {
+            seed: self.seed,
+            num_layers: self.num_layers,
+            read_layers: self.read_layers.clone(),
+            layers_per_example: self.layers_per_example,
+            max_input_tokens: self.max_input_tokens,
+            max_context_tokens: self.max_context_tokens,
+        })
+    }
+}
+
+/// What became of one line.
+struct Built {
+    id: Result<String>,
+    outcome: Result<Outcome>,
+}
+
+impl Built {
+    /// Build the example of a line; `None` if the line is blank.
+    fn from_line(framer: &Framer, common: &Common, source: &Source, number: usize, line: &[u8]) -> Option<Self> {
+        if line.trim_ascii().is_empty() {
+            return None;
+        }
+        let example: Example = match serde_json::from_slice(line) {
+            Ok(example) => example,
+            Err(error) => {
+                let id = Err(Error::Line { origin: source.name.to_string(), line: number, what: error.to_string() });
+                return Some(Self { id, outcome: Ok(Outcome::Dropped("unreadable")) });
+            }
+        };
+        let id = example.id.clone();
+        let outcome = build(framer, common, source, example).map_err(|error| error.in_example(&source.name, &id));
+        Some(Self { id: Ok(id), outcome })
+    }
+}

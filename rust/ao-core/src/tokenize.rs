@@ -1,0 +1,216 @@
+//! Text to token ids and back, with the bytes that each token covers.
+//!
+//! The engine gives ids only. Spans are derived in `align` and proved there: the tokens' own bytes must spell the text.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+use tokenizers::pipeline::{EncodeOptions, Override, PipelineTokenizer};
+
+use crate::error::{Error, Result};
+use crate::manifest::{canonical_json, sha256_hex};
+
+/// A tokenizer as one `tokenizer.json` describes it.
+pub struct Tokenizer {
+    pub(crate) engine: PipelineTokenizer,
+    pub(crate) surfaces: Surfaces,
+    pub(crate) probes: crate::align::Probes,
+    added: HashMap<String, Added>,
+    special: Vec<bool>,
+    fingerprint: String,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Added {
+    id: i32,
+}
+
+impl Tokenizer {
+    /// Read the text of a `tokenizer.json`, also one of an older format.
+    ///
+    /// # Errors
+    /// If it is not one, or asks for a component that the engine does not have.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let mut root: Value = serde_json::from_str(text).map_err(Error::tokenizer)?;
+        let fingerprint = fingerprint(&root);
+        tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
+        let engine = tokenizers::from_json(&root.to_string()).map_err(Error::tokenizer)?;
+        let mut added = HashMap::new();
+        let mut special = Vec::new();
+        for token in root["added_tokens"].as_array().into_iter().flatten() {
+            let (Some(content), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else {
+                continue;
+            };
+            let id = i32::try_from(id).map_err(Error::tokenizer)?;
+            added.insert(content.to_owned(), Added { id });
+            if token["special"].as_bool() == Some(true) {
+                let at = id as usize;
+                special.resize(special.len().max(at + 1), false);
+                special[at] = true;
+            }
+        }
+        let surfaces = Surfaces::new(&root["model"])?;
+        let probes = crate::align::Probes::new(&engine)?;
+        Ok(Self { engine, surfaces, probes, added, special, fingerprint })
+    }
+
+    /// The sha256 of the file's content, whatever its layout; truncation and padding, which are not used, left out.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The ids of `text`. No special token is added around it; those in it are found.
+    ///
+    /// # Errors
+    /// If the engine refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
+        let options = EncodeOptions {
+            add_special_tokens: false,
+            encode_special_tokens: false,
+            padding: Override::Off,
+            truncation: Override::Off,
+        };
+        let mut tokens = Vec::with_capacity(text.len() / 3 + 4);
+        self.engine.encode_into(text, &options, &mut tokens).map_err(Error::tokenizer)?;
+        Ok(tokens.into_iter().map(|token| token.id() as i32).collect())
+    }
+
+    /// The text of `ids`, special tokens included.
+    ///
+    /// # Errors
+    /// If an id is negative or the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[i32]) -> Result<String> {
+        let ids: Vec<u32> = ids
+            .iter()
+            .map(|&id| u32::try_from(id).map_err(|_| Error::input(format!("{id} is not a token id"))))
+            .collect::<Result<_>>()?;
+        self.engine.decode(&ids, false).map_err(Error::tokenizer)
+    }
+
+    /// The id of the added token that reads `content`.
+    #[must_use]
+    pub fn added_id(&self, content: &str) -> Option<i32> {
+        self.added.get(content).map(|added| added.id)
+    }
+
+    /// Whether `id` is an added token that is marked special.
+    #[must_use]
+    pub fn is_special(&self, id: i32) -> bool {
+        usize::try_from(id).is_ok_and(|at| self.special.get(at).copied().unwrap_or(false))
+    }
+}
+
+/// Hash what decides ids. Truncation and padding change while a tokenizer is in use and decide nothing here.
+fn fingerprint(root: &Value) -> String {
+    let mut kept = root.clone();
+    if let Some(map) = kept.as_object_mut() {
+        map.remove("truncation");
+        map.remove("padding");
+    }
+    sha256_hex(canonical_json(&kept).as_bytes())
+}
+
+/// The bytes of each vocabulary entry as they stand in normalized text.
+#[derive(Debug)]
+pub(crate) struct Surfaces {
+    ends: Vec<usize>,
+    bytes: Vec<u8>,
+    /// The byte that an id stands for where the model falls back to bytes.
+    fallback: HashMap<i32, u8>,
+    /// Why no spans can be told, where that is so.
+    pub(crate) refused: Option<String>,
+}
+
+impl Surfaces {
+    fn new(model: &Value) -> Result<Self> {
+        let byte_level = model["byte_level"].as_bool() == Some(true);
+        let mut entries = vocabulary(model)?;
+        entries.sort_unstable_by_key(|&(_, id)| id);
+        let decode = byte_level.then(byte_level_alphabet);
+        let mut surfaces = Self {
+            ends: Vec::with_capacity(entries.len()),
+            bytes: Vec::new(),
+            fallback: HashMap::new(),
+            refused: refusal(model),
+        };
+        for (token, id) in entries {
+            surfaces.ends.resize(id, surfaces.bytes.len());
+            match &decode {
+                Some(alphabet) => {
+                    surfaces.bytes.extend(token.chars().filter_map(|character| alphabet.get(&character).copied()))
+                }
+                None => surfaces.bytes.extend_from_slice(token.as_bytes()),
+            }
+            surfaces.ends.push(surfaces.bytes.len());
+            if model["byte_fallback"].as_bool() == Some(true)
+                && let Some(byte) = fallback_byte(token)
+            {
+                surfaces.fallback.insert(id as i32, byte);
+            }
+        }
+        Ok(surfaces)
+    }
+
+    /// The bytes of `id`, empty where it is not in the model's vocabulary.
+    pub(crate) fn of(&self, id: i32) -> &[u8] {
+        let Ok(at) = usize::try_from(id) else { return &[] };
+        let Some(&end) = self.ends.get(at) else { return &[] };
+        let start = if at == 0 { 0 } else { self.ends[at - 1] };
+        &self.bytes[start..end]
+    }
+
+    /// The byte that `id` stands for.
+    pub(crate) fn fallback(&self, id: i32) -> Option<u8> {
+        if self.fallback.is_empty() {
+            return None;
+        }
+        self.fallback.get(&id).copied()
+    }
+}
+
+/// The model's entries: a map of ids, or for Unigram a list whose order is the ids.
+fn vocabulary(model: &Value) -> Result<Vec<(&str, usize)>> {
+    match &model["vocab"] {
+        Value::Object(map) => map
+            .iter()
+            .map(|(token, id)| Some((token.as_str(), usize::try_from(id.as_u64()?).ok()?)))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| Error::tokenizer("an id of the vocabulary is not a whole number")),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(id, item)| Some((item[0].as_str()?, id)))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| Error::tokenizer("an entry of the vocabulary is not [token, score]")),
+        _ => Err(Error::tokenizer("the model has no vocabulary")),
+    }
+}
+
+/// Models whose entries do not stand in the text as they are written.
+fn refusal(model: &Value) -> Option<String> {
+    let marked = |key: &str| model[key].as_str().is_some_and(|mark| !mark.is_empty());
+    (marked("continuing_subword_prefix") || marked("end_of_word_suffix")).then(|| {
+        "its entries carry a word-piece mark, for which this version has no token spans; give no \"read\" spans"
+            .to_owned()
+    })
+}
+
+fn fallback_byte(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
+}
+
+/// The printable characters that byte-level vocabularies write bytes with: printable Latin-1 as itself, the rest
+/// numbered from U+0100.
+fn byte_level_alphabet() -> HashMap<char, u8> {
+    let mut next = 0x100u32;
+    (0..=255u8)
+        .map(|byte| {
+            let itself = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+            let code = if itself { u32::from(byte) } else { next };
+            next += u32::from(!itself);
+            (char::from_u32(code).expect("below the surrogates"), byte)
+        })
+        .collect()
+}
