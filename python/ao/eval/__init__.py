@@ -1,0 +1,1 @@
+"""Scores of an oracle on held-out examples, always beside its controls."""
