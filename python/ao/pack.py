@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from ao._ao import Framer, PackWriter
+from ao._ao import Framer, PackWriter, shard_layout
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
 from ao.prompt import framer, identity, resolve_layer
@@ -59,9 +59,11 @@ def pack(recipe: Recipe, *, root: Path, out: Path | None = None, progress: bool 
     except BaseException:
         shutil.rmtree(temporary)
         raise
+    counts = manifest["counts"]
     return {
         "out": str(out),
-        **manifest["counts"],
+        **{name: counts[name] for name in ("examples", "datapoints", "contexts", "context_tokens")},
+        "input_tokens": counts["tokens"],
         "drops": manifest["drops"],
         "sources": by_source,
         "seconds": time.perf_counter() - started,
@@ -74,7 +76,7 @@ def _settings(model: ModelConfig, data: DataConfig) -> tuple[dict[str, Any], Fra
     target = oracle
     if model.target is not None:
         target = identity(model.target, model.target_revision, framer=framer(model.target, model.target_revision))
-        for name in ("tokenizer", "template"):
+        for name in oracle_framer.fingerprint:
             if target[name] != oracle[name]:
                 raise ValueError(
                     f"target {model.target!r} has another {name} than {model.name!r} ({target[name]}, {oracle[name]}); "
@@ -145,17 +147,33 @@ def _write(
         raise ValueError(f"no examples: the sources are empty ({', '.join(by_source)}); drops: {dict(drops)}")
     manifest = json.loads(writer.finish())
     manifest["drops"] = dict(sorted((drops + Counter(manifest["drops"])).items()))
-    if not manifest["counts"]["datapoints"]:
-        raise ValueError(f"no datapoints: every example was dropped: {manifest['drops']}")
+    manifest["counts"] |= _context_counts(folder, manifest)
     write_atomic(folder / "manifest.json", canonical_json(manifest))
     return manifest, by_source
 
 
+def _context_counts(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
+    """Contexts as they are stored, each once, and their tokens."""
+    files = [str(folder / shard["file"]) for shard in manifest["shards"]]
+    shapes = [{name: shape for name, _, shape, _ in shard_layout(file)} for file in files]
+    return {
+        "contexts": sum(shape["context_offsets"][0] - 1 for shape in shapes),
+        "context_tokens": sum(shape["context_ids"][0] for shape in shapes),
+    }
+
+
 def _described(source: SourceConfig) -> str:
-    config = to_dict(source)
-    if source.kind != "context_prediction":
-        config = {"kind": "records", "name": source.name, "reads": config["reads"]}
-    return canonical_json(config)
+    """A source as the writer takes it: examples that are read in given ways, or texts that make their own questions."""
+    if source.kind == "context_prediction":
+        settings = ("name", "kind", "single_share", "window", "predict", "direction", "max_context_tokens")
+        config = to_dict(source)
+        return canonical_json({name: config[name] for name in settings})
+    total = sum(read.share for read in source.reads)
+    reads = []
+    for read in source.reads:
+        rule = {"all": True} if read.all else {"window": read.window, "before_end": read.before_end}
+        reads.append({"share": read.share / total, **rule})
+    return canonical_json({"name": source.name, "kind": "records", "reads": reads})
 
 
 def _counted(lines: Iterable[bytes], source: SourceConfig, *, progress: bool) -> Iterator[bytes]:

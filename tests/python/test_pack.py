@@ -1,0 +1,282 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import Reference
+
+import real_data
+import tiny
+from ao import pack as pack_module
+from ao.config import parse_recipe
+from ao.pack import pack
+from ao.prompt import model_folder
+from ao.shards import PackedDataset
+
+USER = {"role": "user", "content": "  Where is Caf\u00e9 \U0001f469\u200d\U0001f680 e\u0301? "}
+REPLY = {"role": "assistant", "content": "In the city of Paris."}
+SYSTEM = {"role": "system", "content": "Think about France."}
+ASKED = {"question": "Is this statement true?", "answer": "Yes"}
+
+RECORDS: list[dict[str, Any]] = [
+    {"id": "text", "context": "The city of Paris is in France.", **ASKED},
+    {
+        "id": "span",
+        "context": "The city of Paris \u4f60\u597d.",
+        "read": [{"start": 4, "end": 8}, {"start": 12, "end": 19}],
+    },
+    {"id": "open", "context": [SYSTEM, USER], "read": [{"message": 1, "onwards": True}]},
+    {"id": "closed", "context": [SYSTEM, USER, REPLY], "read": [{"message": 2}], "positions": [0, -1, -1]},
+    {"id": "turn", "context": [SYSTEM, USER, REPLY], "read": [{"message": 1}], "positions": "all"},
+    {"id": "content", "context": [USER], "read": [{"message": 0, "start": 0, "end": 17}]},
+    {"id": "window", "context": [USER, REPLY, USER], "positions": {"window": [2, 5], "before_end": [1, 3]}},
+    {"id": "layers", "context": [USER], "layers": [0.5, 1], "positions": [3, 1]},
+    {"id": "mark", "context": "a ? b", "question": "Why ? ? \n ? and <|stop|> ?", "answer": "No ? \u4f60"},
+    {"id": "kind", "context": "She will go.", "target": "difference", "meta": {"b": [1], "a": None}},
+]
+RECORDS = [{**ASKED, **record} for record in RECORDS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def write_lines(path: Path, examples: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, examples)), encoding="utf-8")
+
+
+def run(root: Path, model: str, *sources: dict[str, Any], out: str = "packed", **data: Any) -> dict[str, Any]:
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": list(sources), **data}})
+    return pack(recipe, root=root, out=root / out)
+
+
+def pack_records(root: Path, model: str, examples: list[dict[str, Any]], **data: Any) -> PackedDataset:
+    write_lines(root / "records.jsonl", examples)
+    run(root, model, {"name": "r", "kind": "records", "path": "records.jsonl"}, **data)
+    return PackedDataset.open(root / "packed", verify=True)
+
+
+def digest(folder: Path) -> str:
+    files = sorted(folder.iterdir())
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+@pytest.mark.parametrize("layers_per_example", ["one", "together"])
+def test_datapoints_equal_the_reference(tmp_path: Path, model: str, name: str, layers_per_example: str) -> None:
+    name = model if name == "tiny" else name
+    data = pack_records(tmp_path, name, RECORDS, layers_per_example=layers_per_example)
+    reference = Reference(model_folder(name), end_of_turn="<turn|>" if name == "demo" else "<|stop|>")
+    assert [datapoint.id for datapoint in data] == [example["id"] for example in RECORDS]
+    for example, datapoint in zip(RECORDS, data, strict=True):
+        readable = reference.readable(example)
+        layers = list(dict.fromkeys(datapoint.layers.tolist()))
+        positions = datapoint.read_positions[: len(datapoint.read_positions) // len(layers)].tolist()
+        expected = reference.datapoint(example, layers=layers, positions=positions)
+        for field, value in expected.items():
+            assert np.atleast_1d(getattr(datapoint, field)).tolist() == value, (example["id"], field)
+        rule = example.get("positions", "all")
+        if rule == "all":
+            assert positions == readable
+        elif isinstance(rule, list):
+            assert positions == [readable[index] for index in rule]
+        else:
+            assert positions in [readable[-k - end : len(readable) - end] for k in range(2, 6) for end in range(1, 4)]
+        assert datapoint.question == example["question"]
+        assert datapoint.answer == example["answer"]
+        assert datapoint.meta == example.get("meta", {})
+        assert datapoint.kind == example.get("target", "base")
+        assert datapoint.source == "r"
+
+
+def test_each_layer_makes_a_datapoint(tmp_path: Path, model: str) -> None:
+    data = pack_records(tmp_path, model, RECORDS[:2], layers_per_example="each", read_depths=[0.25, 0.5])
+    assert [datapoint.id for datapoint in data] == ["text@L2", "text@L4", "span@L2", "span@L4"]
+    assert [set(datapoint.layers.tolist()) for datapoint in data] == [{2}, {4}, {2}, {4}]
+
+
+def test_a_yes_or_no_keeps_its_labels(tmp_path: Path, model: str) -> None:
+    """The generation prompt ends in an empty thought; the label is what follows it, whole."""
+    records = [{**RECORDS[0], "id": answer, "answer": answer} for answer in ("Yes", "No")]
+    reference = Reference(Path(model), end_of_turn="<|stop|>")
+    for datapoint in pack_records(tmp_path, model, records):
+        prompt, answer = np.split(datapoint.input_ids, [datapoint.answer_start])
+        assert reference.tokenizer.decode(prompt).endswith("<|start|>assistant\n<|think|>\n\n<|/think|>")
+        assert reference.tokenizer.decode(answer) == datapoint.answer + "<|stop|>"
+
+
+def test_prefixes_share_a_context_but_show_their_own_tokens(tmp_path: Path, model: str) -> None:
+    texts = ["The city of Paris is in France.", "The city of Paris", "The city of Paris", "She will go."]
+    records = [{**ASKED, "id": str(index), "context": text} for index, text in enumerate(texts)]
+    data = pack_records(tmp_path, model, records)
+    assert len(set(data.groups.tolist())) == data.manifest["counts"]["contexts"] == 2
+    assert data.groups[0] == data.groups[1] == data.groups[2] != data.groups[3]
+    reference = Reference(Path(model), end_of_turn="<|stop|>")
+    for text, datapoint, length in zip(texts, data, data.context_lengths, strict=True):
+        assert datapoint.context_ids.tolist() == reference.context(text)[1]
+        assert len(datapoint.context_ids) == length
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"anwser": "x"}, r"anwser"),
+        ({"answer": None}, r"answer"),
+        ({"answer": ""}, r"answer is empty"),
+        ({"question": None}, r"question"),
+        ({"context": ""}, r"context is an empty string"),
+        ({"context": []}, r"context is an empty list"),
+        ({"layers": [8]}, r"layer 8 .*8 layers"),
+        ({"layers": [1.5]}, r"layer .*8 layers"),
+        ({"positions": [99]}, r"99"),
+        ({"positions": []}, r"position"),
+        ({"read": [{"start": 0, "end": 99}]}, r"outside the context, which has 31 code points"),
+        ({"id": "fine"}, r"fine"),
+    ],
+)
+def test_bad_examples_are_named_and_leave_nothing(
+    tmp_path: Path, model: str, change: dict[str, Any], message: str
+) -> None:
+    fine = {**RECORDS[0], "id": "fine"}
+    bad = {key: value for key, value in ({**RECORDS[0], "id": "bad"} | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        pack_records(tmp_path, model, [fine, bad])
+    assert "'r'" in str(error.value) or '"r"' in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [{"text": f"She will go to city {i}.", "label": "ab"[i % 2]} for i in range(300)]
+    write_lines(tmp_path / "table.jsonl", table)
+    labelled = {"name": "c", "kind": "classification", "path": "table.jsonl", "questions": ["Is it {label}?"]}
+    texts = {"name": "t", "kind": "context_prediction", "path": "table.jsonl", "predict": [1, 4], "window": [1, 3]}
+
+    def packed(out: str, **data: Any) -> str:
+        run(tmp_path, model, labelled, texts, out=out, examples_per_shard=64, **data)
+        return digest(tmp_path / out)
+
+    first = packed("first")
+    assert len(list((tmp_path / "first").iterdir())) > 8
+    monkeypatch.setattr(pack_module, "BATCH", 7)
+    assert packed("second") == first
+    assert packed("first") == first
+    assert packed("third", seed=1) != first
+
+
+def test_lens_answers_are_the_tokens_beside_the_window(tmp_path: Path, model: str) -> None:
+    texts = [
+        {"text": f"She will go to the city of Paris and then, on day {i}, she went to the park."} for i in range(80)
+    ]
+    write_lines(tmp_path / "texts.jsonl", texts)
+    source = {"name": "t", "kind": "context_prediction", "path": "texts.jsonl", "predict": [1, 4], "window": [2, 5]}
+    run(tmp_path, model, source)
+    reference = Reference(Path(model), end_of_turn="<|stop|>")
+    seen = set()
+    for datapoint in PackedDataset.open(tmp_path / "packed"):
+        ids = reference.context(texts[int(datapoint.id.split("/")[1]) - 1]["text"])[1]
+        window = datapoint.read_positions.tolist()
+        assert window == list(range(window[0], window[0] + len(window)))
+        assert datapoint.context_ids.tolist() == ids[: window[-1] + 1]
+        words = datapoint.question.split()
+        side, num = words[4], int(words[5])
+        answer = ids[window[-1] + 1 :][:num] if side == "next" else ids[window[0] - num : window[0]]
+        assert datapoint.answer == reference.tokenizer.decode(answer)
+        assert datapoint.input_ids[datapoint.answer_start :].tolist() == reference.answer(datapoint.answer)
+        seen |= {side, f"J{num}", f"K{len(window)}"}
+    assert seen >= {"next", "previous", "J1", "J4", "K1", "K2", "K5"}
+
+
+def test_drops_are_counted(tmp_path: Path, model: str) -> None:
+    stimulus = {"system": "Be brief.", "stimulus_user": "Hello?", "label": "brief"}
+    (tmp_path / "system.json").write_text(json.dumps([stimulus, stimulus | {"label": "unknown"}]))
+    (tmp_path / "qa.json").write_text(json.dumps({"brief": [["How?", "Briefly."], ["How? " * 60, "Long."]]}))
+    source = {"name": "s", "kind": "latentqa", "path": "."}
+    summary = run(tmp_path, model, source, max_input_tokens=100)
+    assert summary["drops"].pop("label_without_questions") == 1
+    assert list(summary["drops"].values()) == [1]
+    assert (summary["datapoints"], summary["sources"]) == (1, {"s": 2})
+    assert json.loads((tmp_path / "packed/manifest.json").read_text())["drops"]["label_without_questions"] == 1
+    with pytest.raises(ValueError, match=r'no example was kept.*"input_too_long": 2'):
+        run(tmp_path, model, source, out="none", max_input_tokens=8)
+    with pytest.raises(ValueError, match="no examples: the sources are empty"):
+        pack_records(tmp_path, model, [], out="none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_finished_data_set_is_not_overwritten_by_another(tmp_path: Path, model: str) -> None:
+    first = pack_records(tmp_path, model, RECORDS)
+    before = digest(first.folder)
+    with pytest.raises(FileExistsError, match=r"another config \(differs in seed\); choose another --out or remove it"):
+        pack_records(tmp_path, model, RECORDS, seed=5)
+    with pytest.raises(ValueError, match="answer"):
+        pack_records(tmp_path, model, [{**RECORDS[0], "answer": ""}])
+    assert digest(first.folder) == before
+    assert len(pack_records(tmp_path, model, RECORDS[:3])) == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="exists and is no packed data set"):
+        run(tmp_path, model, {"name": "r", "kind": "records", "path": "records.jsonl"}, out="mine")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "packed", "records.jsonl"]
+
+
+def test_the_manifest_says_what_it_was_packed_from(tmp_path: Path, model: str) -> None:
+    manifest = pack_records(tmp_path, model, RECORDS, seed=3).manifest
+    assert (manifest["schema"], manifest["kind"]) == (1, "packed")
+    assert manifest["oracle"]["model"] == "tiny"
+    assert manifest["oracle"] == manifest["targets"]["base"]
+    assert manifest["config"]["seed"] == 3
+    assert "out" not in manifest["config"]
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_a_target_with_another_tokenizer_is_refused(tmp_path: Path, model: str) -> None:
+    other = tiny.save_model(tmp_path / "other", template=tiny.TEMPLATE.replace("assistant", "model"))
+    write_lines(tmp_path / "records.jsonl", RECORDS)
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    recipe = parse_recipe({"model": {"name": model, "target": str(other)}, "data": {"sources": [source]}})
+    with pytest.raises(ValueError, match="has another template than"):
+        pack(recipe, root=tmp_path, out=tmp_path / "packed")
+
+
+@real_data.needed
+def test_real_files_equal_the_reference(tmp_path: Path) -> None:
+    """LatentQA's own files, statements and tenses, packed for the demo's target."""
+    sources = [
+        {"name": "qa", "kind": "latentqa", "path": "latentqa", "types": ["system", "control", "stimulus"]},
+        {
+            "name": "truth",
+            "kind": "classification",
+            "path": "classification/geometry_of_truth",
+            "text": "statement",
+            "labels": {"1": "Yes", "0": "No"},
+            "questions": ["Is this statement true?"],
+        },
+        {
+            "name": "tense",
+            "kind": "classification",
+            "path": "classification/tense/tense_processed.json",
+            "text": "sentence",
+            "questions": ["Is this in the {label} tense?"],
+        },
+    ]
+    values = {"model": {"name": "demo"}, "data": {"sources": [source | {"count": 60} for source in sources]}}
+    recipe = parse_recipe(values)
+    pack(recipe, root=real_data.FOLDER, out=tmp_path / "packed")
+    data = PackedDataset.open(tmp_path / "packed", verify=True)
+    assert len(data) == 180
+    reference = Reference(model_folder("demo"), end_of_turn="<turn|>")
+    examples = {
+        example["id"]: example
+        for source in recipe.data.sources
+        for example in pack_module.examples(source, seed=0, root=real_data.FOLDER)
+    }
+    for datapoint in data:
+        example = examples[datapoint.id]
+        positions = datapoint.read_positions.tolist()
+        assert set(positions) <= set(reference.readable(example))
+        expected = reference.datapoint(example, layers=[int(datapoint.layers[0])], positions=positions)
+        for field, value in expected.items():
+            assert np.atleast_1d(getattr(datapoint, field)).tolist() == value, (example["id"], field)
