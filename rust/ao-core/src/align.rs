@@ -4,8 +4,7 @@
 //! normalized text byte for byte, and each byte of it is traced back to the original. Anything that does not fit is an
 //! error, never a guess. A token that covers part of a character gets the whole character, as Python's offsets do.
 
-use tokenizers::pipeline::{PipelinePatternMatcher, PipelineTokenizer, normalize_all};
-
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::span::ByteSpan;
 use crate::tokenize::Tokenizer;
@@ -25,14 +24,9 @@ pub(crate) struct Probes {
 }
 
 impl Probes {
-    pub(crate) fn new(engine: &PipelineTokenizer) -> Result<Self> {
-        let normalize = |text: &str, offset: usize| -> Result<String> {
-            normalize_all(engine.get_normalizers(), text, offset)
-                .map(std::borrow::Cow::into_owned)
-                .map_err(Error::tokenizer)
-        };
+    pub(crate) fn new(engine: &Engine) -> Result<Self> {
         let prefix = |offset: usize| -> Result<String> {
-            Ok(normalize(INERT, offset)?.strip_suffix(INERT).unwrap_or_default().to_owned())
+            Ok(engine.normalize(INERT, offset)?.strip_suffix(INERT).unwrap_or_default().to_owned())
         };
         let mut probes = Self { first: prefix(0)?, later: prefix(1)?, space: String::new() };
         probes.space = probes.unit(engine, " ")?.unwrap_or_default();
@@ -40,9 +34,9 @@ impl Probes {
     }
 
     /// What the normalizer makes of `unit` inside a text.
-    fn unit(&self, engine: &PipelineTokenizer, unit: &str) -> Result<Option<String>> {
+    fn unit(&self, engine: &Engine, unit: &str) -> Result<Option<String>> {
         let behind_inert = format!("{INERT}{unit}");
-        let normalized = normalize_all(engine.get_normalizers(), &behind_inert, 1).map_err(Error::tokenizer)?;
+        let normalized = engine.normalize(&behind_inert, 1)?;
         Ok(normalized.strip_prefix(&self.later).and_then(|rest| rest.strip_prefix(INERT)).map(str::to_owned))
     }
 }
@@ -64,7 +58,7 @@ impl Tokenizer {
         let mut walk = Walk { tokenizer: self, ids, spans: Vec::with_capacity(ids.len()) };
         let mut at = 0;
         while at < text.len() && at < stop {
-            let found = self.engine.get_added_vocabulary().extract_next(text.as_bytes(), at, false, false);
+            let found = self.engine.next_added(text, at, false);
             let ((start, end), id) = found.unwrap_or(((text.len(), text.len()), 0));
             walk.chunk(&text[at..start], at)?;
             if found.is_some() {
@@ -102,11 +96,11 @@ impl Walk<'_> {
             return Ok(());
         }
         let engine = &self.tokenizer.engine;
-        let normalized = normalize_all(engine.get_normalizers(), chunk, base).map_err(Error::tokenizer)?;
+        let normalized = engine.normalize(chunk, base)?;
         let mut origin = if normalized == chunk { Origin::Same(chunk) } else { self.origin(chunk, &normalized, base)? };
         let mut at = 0;
         while at < normalized.len() {
-            let found = engine.get_added_vocabulary().extract_next(normalized.as_bytes(), at, true, false);
+            let found = engine.next_added(&normalized, at, true);
             let ((start, end), id) = found.unwrap_or(((normalized.len(), normalized.len()), 0));
             self.model_tokens(&normalized, at, start, &mut origin, base)?;
             if found.is_some() {

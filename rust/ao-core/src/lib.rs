@@ -8,6 +8,7 @@
 
 mod align;
 pub mod datapoint;
+mod engine;
 pub mod error;
 pub mod example;
 pub mod frame;

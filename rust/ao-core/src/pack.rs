@@ -49,9 +49,8 @@ fn default_examples_per_shard() -> usize {
     8192
 }
 
-/// One source, as JSON.
+/// One source, as JSON. A recipe's entry may be handed over whole, so fields that only its reader needs are passed over.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct SourceSettings {
     name: String,
     kind: String,

@@ -5,14 +5,14 @@
 use std::collections::HashMap;
 
 use serde_json::Value;
-use tokenizers::pipeline::{EncodeOptions, Override, PipelineTokenizer};
 
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::manifest::{canonical_json, sha256_hex};
 
 /// A tokenizer as one `tokenizer.json` describes it.
 pub struct Tokenizer {
-    pub(crate) engine: PipelineTokenizer,
+    pub(crate) engine: Engine,
     pub(crate) surfaces: Surfaces,
     pub(crate) probes: crate::align::Probes,
     added: HashMap<String, Added>,
@@ -34,7 +34,7 @@ impl Tokenizer {
         let mut root: Value = serde_json::from_str(text).map_err(Error::tokenizer)?;
         let fingerprint = fingerprint(&root);
         tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
-        let engine = tokenizers::from_json(&root.to_string()).map_err(Error::tokenizer)?;
+        let engine = Engine::from_canonical_json(&root.to_string())?;
         let mut added = HashMap::new();
         let mut special = Vec::new();
         for token in root["added_tokens"].as_array().into_iter().flatten() {
@@ -65,14 +65,8 @@ impl Tokenizer {
     /// # Errors
     /// If the engine refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
-        let options = EncodeOptions {
-            add_special_tokens: false,
-            encode_special_tokens: false,
-            padding: Override::Off,
-            truncation: Override::Off,
-        };
         let mut tokens = Vec::with_capacity(text.len() / 3 + 4);
-        self.engine.encode_into(text, &options, &mut tokens).map_err(Error::tokenizer)?;
+        self.engine.encode_into(text, &mut tokens)?;
         Ok(tokens.into_iter().map(|token| token.id() as i32).collect())
     }
 
@@ -85,7 +79,7 @@ impl Tokenizer {
             .iter()
             .map(|&id| u32::try_from(id).map_err(|_| Error::input(format!("{id} is not a token id"))))
             .collect::<Result<_>>()?;
-        self.engine.decode(&ids, false).map_err(Error::tokenizer)
+        self.engine.decode(&ids)
     }
 
     /// The id of the added token that reads `content`.
