@@ -183,9 +183,16 @@ class DataConfig(Config):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"data.sources: names must differ, got {names}")
+        if not self.read_depths:
+            raise ValueError("data.read_depths is empty; name at least one depth")
         for depth in self.read_depths:
             if not 0 <= depth < 1:
                 raise ValueError(f"data.read_depths: a depth lies in [0, 1), got {depth}")
+        if self.seed < 0:
+            raise ValueError(f"data.seed must not be negative, got {self.seed}")
+        for name in ("examples_per_shard", "max_input_tokens", "max_context_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +328,7 @@ def parse_recipe(values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
             if item["type"] == "value_error":
-                problems.append(f"{where}: {item['ctx']['error']}")
+                problems.append(f"{where}: {item.get('ctx', {}).get('error', item['msg'])}")
                 continue
             if item["type"] == "unexpected_keyword_argument":
                 problems.append(f"{where}: unknown key; see `ao train --help` for those there are")

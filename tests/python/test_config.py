@@ -38,6 +38,9 @@ def source(**values: object) -> dict[str, object]:
         (source(kind="records", reads=[{}]), "either all = true or window"),
         (source(kind="records", reads=[{"window": [3, 1]}]), "1 <= min <= max"),
         ({"data": {"read_depths": [1.0]}}, "a depth lies in"),
+        ({"data": {"read_depths": []}}, "read_depths is empty"),
+        ({"data": {"seed": -1}}, "data.seed must not be negative"),
+        ({"data": {"examples_per_shard": 0}}, "data.examples_per_shard must be positive"),
         ({"train": {"steps": "many"}}, "train.steps"),
     ],
 )
