@@ -6,9 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import ProcessException
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,13 @@ class Ranks:
 def ranks(device: torch.device) -> Iterator[Ranks]:
     """Join the other processes that torchrun or `launch` started, and leave them at the end.
 
-    Each CPU rank takes its share of the cores, as two ranks of many threads get in each other's way.
+    Each CPU rank takes its share of the cores, as ranks of many threads get in each other's way.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks(rank=0, world=1, device=device)
         return
+    threads = torch.get_num_threads()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -54,24 +60,69 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(rank=dist.get_rank(), world=world, device=device)
     finally:
         dist.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
-def launch(function: Callable[..., object], *args: object, processes: int) -> object:
-    """Run a function in several processes of this machine, as torchrun would; returns what the first one returned.
+def launch(function: Callable[..., Result], *args: object, processes: int) -> Result:
+    """Run a function as so many ranks of this machine; this process is the first, which saves one copy of torch.
+
+    Args:
+        function: importable by name; called with `args` in every process.
+        args: what can be sent to another process.
+        processes: number of ranks.
+
+    Returns:
+        What the function returned here.
 
     Raises:
-        RuntimeError: a process failed; the first one's error is the cause.
+        RuntimeError: another rank failed; the message holds its error.
     """
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="ao",
-        max_restarts=0,
-        start_method="spawn",
+    # The store is ours, so that no port has to be guessed; ranks find it as they find torchrun's.
+    store = dist.TCPStore("127.0.0.1", 0, processes, is_master=True, wait_for_workers=False)
+    others = start_processes(
+        _worker, (function, args, store.port, processes), nprocs=processes - 1, join=False, start_method="spawn"
     )
-    return elastic_launch(config, function)(*args)[0]
+    try:
+        with _environment(0, processes, store.port):
+            result = function(*args)
+        while not others.join():
+            pass
+    except RuntimeError as error:
+        # A rank that died shows here as a broken connection; its own error says why.
+        try:
+            others.join(timeout=10)
+        except ProcessException as reason:
+            raise RuntimeError(f"rank {reason.error_index + 1} of {processes} failed: {reason}") from error
+        raise
+    finally:
+        for process in others.processes:
+            if process.is_alive():
+                process.terminate()
+    return result
+
+
+def _worker(index: int, function: Callable[..., object], args: tuple[object, ...], port: int, world: int) -> None:
+    with _environment(index + 1, world, port):
+        function(*args)
+
+
+@contextmanager
+def _environment(rank: int, world: int, port: int) -> Iterator[None]:
+    values = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -172,7 +172,7 @@ class Oracle:
                 )
         load_adapter(model, folder)
         oracle = cls(model=model, target=target_model, config=config, framer=text)
-        check_model(model, arch, [_ids(text.context("A check of the loaded model.").ids)])
+        check_model(model, arch, [_ids(text.context(json.dumps("A check of the loaded model.")).ids)])
         return oracle
 
     def read(

@@ -31,8 +31,11 @@ def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = Fa
     Returns:
         The report, as in report.json.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from ao.memory import PeakMemory
 
+    disable_progress_bar()
     seconds: dict[str, float] = {}
     with PeakMemory() as memory:
         with stage(seconds, "target"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,7 +182,10 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def _wrap(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> PeftModel:
-    peft = get_peft_model(model, config, adapter_name=NAME)
+    with warnings.catch_warnings():
+        # PEFT asks for a property that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        peft = get_peft_model(model, config, adapter_name=NAME)
     adapted = sum(isinstance(module, LoraLayer) for module in peft.modules())
     if adapted != len(names):
         raise ValueError(f"LoRA was to go on {len(names)} linears, but PEFT put it on {adapted}")
