@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 unexport PYTHONPATH
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
@@ -14,15 +15,15 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Ca
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-# The environment is made once and made again when what it is made from changes.
-$(BIN)/.installed: pyproject.toml constraints.txt
+# The environment is made once, and again when what it is made from changes.
+$(BIN)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt maturin $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*(repr(d) for d in p["project"]["dependencies"] + p["dependency-groups"]["dev"]))')
+	$(BIN)/python -m pip install --quiet maturin
 	touch $@
 
-$(BIN)/.built: $(BIN)/.installed $(RUST_SOURCES)
-	$(BIN)/maturin develop --release --skip-install --quiet 2>/dev/null || $(BIN)/maturin develop --release
+$(BIN)/.built: $(BIN)/.ready $(RUST_SOURCES)
+	$(BIN)/maturin develop --release --quiet
 	touch $@
 
 install: $(BIN)/.built ## make .venv and build the extension in release mode
