@@ -267,7 +267,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; m
 dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
 figure { margin: 1rem 0; } img { max-width: 100%; border-radius: 6px; display: block; margin: 0 auto .5rem; background: #fff; }
 details { border-bottom: 1px solid var(--line); padding: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
-.note { margin: .8rem 0; } details .wide { margin: .8rem 0 1.4rem; }
+.note { margin: .8rem 0; } details .wide { margin: .8rem 0 1.4rem; } details th:first-child { width: 75%; }
 </style>
 </head>
 <body>

@@ -97,8 +97,10 @@ def load_task(task: TaskConfig, recipe: Recipe, *, framer: Framer, root: Path, o
         log.warning("eval task %r has %d examples, fewer than its count of %d", task.name, len(drawn), task.count)
     special = special_ids(recipe.model)
     items = [_item(packed[index], framer, special, task.name) for index in drawn]
-    choices = choices_of({item.question: answers[item.question] for item in items}, task.name)
-    return Task(config=task, items=items, choices=choices if task.scorer == "choice" else {})
+    choices = {}
+    if task.scorer == "choice":
+        choices = choices_of({item.question: answers[item.question] for item in items}, task.name)
+    return Task(config=task, items=items, choices=choices)
 
 
 def draw(by_source: Mapping[str, Sequence[int]], count: int) -> list[int]:
@@ -145,7 +147,7 @@ def _item(datapoint: Datapoint, framer: Framer, special: np.ndarray, task: str) 
     from ao.residuals import Read
 
     def text(ids: np.ndarray) -> str:
-        return framer.decode(np.ascontiguousarray(ids[~np.isin(ids, special)], dtype=np.int32))
+        return framer.decode(np.ascontiguousarray(ids[~np.isin(ids, special)], dtype=np.int32).data)
 
     if datapoint.kind != "base":
         raise ValueError(
