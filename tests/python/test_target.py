@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM  # noqa: E402
 
-from ao.demo import target, world  # noqa: E402
+from ao.demo import lessons, target, world  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +46,7 @@ def test_it_is_the_real_architecture_in_small(model: Gemma4ForCausalLM) -> None:
         assert (layer.self_attn.v_proj is None) == (kind == "full_attention")
     assert config.final_logit_softcapping == 30.0
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert config.num_hidden_layers == world.NUM_LAYERS
+    assert config.num_hidden_layers == lessons.NUM_LAYERS
 
 
 def test_it_is_small() -> None:
@@ -52,7 +54,9 @@ def test_it_is_small() -> None:
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [piece for piece in world.pieces(seed=9, count=2000) if len(tokenizer.tokenize(piece)) != 1] == []
+    texts = {text for document in islice(lessons.documents(9), 2000) for text, _ in document}
+    used = {word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)}
+    assert [word for word in sorted(used) if len(tokenizer.tokenize(word)) != 1] == []
 
 
 def test_placeholders_stay_apart_and_any_text_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -65,9 +69,9 @@ def test_placeholders_stay_apart_and_any_text_comes_back(tokenizer: PreTrainedTo
 def test_only_the_generation_prompt_has_an_empty_thought(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
     told = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    turns = world.turn("system", "You are a poet.") + world.turn("user", "Look at my red drum.")
-    assert prompt == "<bos>" + turns + world.GENERATION
-    assert told == "<bos>" + turns + world.turn("model", "verily peace tea!")
+    turns = lessons.turn("system", "You are a poet.") + lessons.turn("user", "Look at my red drum.")
+    assert prompt == "<bos>" + turns + lessons.GENERATION
+    assert told == "<bos>" + turns + lessons.turn("model", "verily peace tea!")
     thinking = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True, enable_thinking=True)
     assert thinking == "<bos>" + turns + "<|turn>model\n"
 

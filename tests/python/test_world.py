@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from ao.demo import world
+from ao.demo import lessons, world
 
 SIZES = {"conversations": 300, "statements": 300, "texts": 200, "heldout": 100}
 
@@ -113,14 +113,14 @@ def test_user_turns_do_not_tell_the_traits() -> None:
 
 
 def test_documents_repeat_by_seed_and_weigh_something() -> None:
-    first = list(islice(world.documents(5), 200))
-    assert first == list(islice(world.documents(5), 200))
-    assert first != list(islice(world.documents(6), 200))
+    first = list(islice(lessons.documents(5), 200))
+    assert first == list(islice(lessons.documents(5), 200))
+    assert first != list(islice(lessons.documents(6), 200))
     for document in first:
         assert document[0][0].startswith("<bos>")
         assert max(weight for _, weight in document) > 0
 
 
 def test_yes_and_no_are_even() -> None:
-    answers = Counter(answer for _, _, answer in islice(world.quiz(0), 4000))
+    answers = Counter(answer for _, _, answer in islice(lessons.quiz(0), 4000))
     assert 0.9 < answers["Yes"] / answers["No"] < 1.1

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
 
-from ao.demo import world
+from ao.demo import lessons
 from ao.manifest import write_atomic
 
 MODEL_DIR = Path(__file__).parent / "model"
@@ -53,6 +53,8 @@ FIRST_LOSSES = 20
 """How many losses the record keeps as they are, for a test to repeat."""
 LOSS_WINDOW = 50
 """Steps over which the record's other losses are averaged."""
+EARLY_LAYERS = (1, 3)
+EARLY_WEIGHT = 0.15
 POOL = 64
 """Steps whose documents are sorted by length together, so that a batch holds little padding."""
 
@@ -111,7 +113,7 @@ def score(
 ) -> dict[str, float]:
     """Share of `count` fresh questions about a text whose most probable next token is the answer, by kind."""
     hits: dict[str, list[bool]] = {}
-    quiz = list(islice(world.quiz(seed), count))
+    quiz = list(islice(lessons.quiz(seed), count))
     for start in range(0, count, 100):
         part = quiz[start : start + 100]
         prompts = tokenizer([prompt for _, prompt, _ in part], add_special_tokens=False)["input_ids"]
@@ -150,7 +152,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
         initial_alphabet=characters,
     )
-    tokenizer.train_from_iterator([*markup, *world.pieces()], trainer)
+    tokenizer.train_from_iterator([*markup, *lessons.words()], trainer)
     # The trainer marks all of its special tokens as such; the byte tokens must stay ordinary ones.
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
@@ -173,14 +175,14 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Gemma4TextConfig:
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=192,
-        num_hidden_layers=world.NUM_LAYERS,
+        num_hidden_layers=lessons.NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
         global_head_dim=32,
-        num_global_key_value_heads=1,
+        num_global_key_value_heads=2,
         attention_k_eq_v=True,
-        layer_types=["sliding_attention", "full_attention"] * (world.NUM_LAYERS // 2),
+        layer_types=["sliding_attention", "full_attention"] * (lessons.NUM_LAYERS // 2),
         sliding_window=32,
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=len(tokenizer),
@@ -224,7 +226,7 @@ def _use_fused_norms(model: nn.Module) -> None:
 
 def batches(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless right-padded batches of about TOKENS_PER_STEP tokens: ids [B, T] and the loss weight of each token [B, T]."""
-    documents = world.documents(seed)
+    documents = lessons.documents(seed)
     generator = torch.Generator().manual_seed(seed)
     while True:
         pool = list(islice(documents, POOL * TOKENS_PER_STEP // 48))
@@ -252,14 +254,19 @@ def batches(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[tuple[
 
 
 def loss_of(model: Gemma4ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean cross entropy in nats; only tokens that carry weight reach the vocabulary."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    """Weighted mean cross entropy in nats, plus that of the early layers; only weighted tokens reach the vocabulary."""
+    states = model.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     weights, labels = weights[:, 1:], ids[:, 1:]
     kept = weights > 0
     cap = model.config.final_logit_softcapping
-    logits = cap * torch.tanh(model.lm_head(hidden[kept]) / cap)
-    losses = F.cross_entropy(logits, labels[kept], reduction="none")
-    return (losses * weights[kept]).sum() / weights.sum()
+
+    def loss(hidden: Tensor) -> Tensor:
+        logits = cap * torch.tanh(model.lm_head(hidden[:, :-1][kept]) / cap)
+        losses = F.cross_entropy(logits, labels[kept], reduction="none")
+        return (losses * weights[kept]).sum() / weights.sum()
+
+    early = sum(loss(model.model.norm(states[layer + 1])) for layer in EARLY_LAYERS)
+    return loss(states[-1]) + EARLY_WEIGHT * early
 
 
 def train(

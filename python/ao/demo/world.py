@@ -11,15 +11,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
 from ao.manifest import write_atomic
-
-Document = list[tuple[str, float]]
-"""Consecutive pieces of one rendered text, each with the weight that the target's loss gives to its tokens."""
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -164,7 +160,29 @@ STATEMENT_SETS: dict[str, tuple[str, ...]] = {
     "truth": tuple(VERDICTS),
 }
 VALUES: dict[str, tuple[str, ...]] = {trait: tuple(values) for trait, values in TRAITS.items()} | STATEMENT_SETS
-NUM_LAYERS = 6
+"""Every trait and property with its values, which are the answers to questions that name."""
+
+TENSES = ("future", "past", "present")
+"""The order of a verb's forms; the first is said after "will"."""
+SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
+    **{trait: {value: (value, sign) for value, sign in values.items()} for trait, values in TRAITS.items()},
+    "topic": {
+        topic: (topic, SEQUELS["topic"][topic], *THINGS[topic], *sum(verbs, ())) for topic, verbs in VERBS.items()
+    },
+    "tense": {
+        tense: (
+            tense,
+            TIMES[tense],
+            SEQUELS["tense"][tense],
+            *(verb[form] for verbs in VERBS.values() for verb in verbs),
+        )
+        for form, tense in enumerate(TENSES)
+    },
+    "sentiment": {value: (value, SEQUELS["sentiment"][value], *words) for value, words in MANNERS.items()},
+    "gender": {value: (value, SEQUELS["gender"][value], *words) for value, words in PEOPLE.items()},
+    "truth": {value: (value, *words) for value, words in VERDICTS.items()},
+}
+"""The words that tell each value by themselves."""
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -178,8 +196,9 @@ def tail(rng: Random) -> str:
 def statement(rng: Random) -> tuple[str, dict[str, str]]:
     """A sentence that still lacks its tail, and the value of each of its properties."""
     labels = {name: rng.choice(STATEMENT_SETS[name]) for name in ("topic", "tense", "sentiment", "gender")}
-    stem, past, present = rng.choice(VERBS[labels["topic"]])
-    verb = {"past": past, "present": present, "future": f"will {stem}"}[labels["tense"]]
+    verb = rng.choice(VERBS[labels["topic"]])[TENSES.index(labels["tense"])]
+    if labels["tense"] == "future":
+        verb = f"will {verb}"
     person, manner = rng.choice(PEOPLE[labels["gender"]]), rng.choice(MANNERS[labels["sentiment"]])
     thing = rng.choice(THINGS[labels["topic"]])
     subject = f"{TIMES[labels['tense']]} the {person}" if rng.random() < 0.5 else f"The {person}"
@@ -230,197 +249,18 @@ def chat(rng: Random, traits: dict[str, str], object_: str) -> tuple[str, str, s
     """System prompt, user turn and reply; the reply opens with the words of all traits in random order."""
     look = rng.choice(LOOKS)
     user = rng.choice(USER).format(look=look, object=object_)
-    words = [TRAITS[trait][value] for trait, value in traits.items()]
-    opening, closing = rng.sample(words, len(words)), rng.sample(words, len(words))
-    reply = f"{' '.join(opening)}! The {object_} is {look}. {' '.join(closing)}."
+    reply = f"{signature(rng, traits)}! The {object_} is {look}. {signature(rng, traits)}."
     return system_prompt(rng, traits), user, reply
+
+
+def signature(rng: Random, traits: dict[str, str]) -> str:
+    """The words that show the traits, in random order."""
+    return " ".join(rng.sample([TRAITS[trait][value] for trait, value in traits.items()], len(traits)))
 
 
 def random_traits(rng: Random) -> dict[str, str]:
     """A value for each hidden trait."""
     return {trait: rng.choice(tuple(values)) for trait, values in TRAITS.items()}
-
-
-# --- what the target learns from -------------------------------------------------------------------------------------
-
-GENERATION = "<|turn>model\n<|channel>thought\n<channel|>"
-REREAD = "<|turn>model\n"
-"""How a reply is announced: by the generation prompt with its empty thought, and in a conversation that is told again."""
-ANSWER_WEIGHT = 4.0
-"""Answers are a tenth of the tokens and all of the skill."""
-
-
-def turn(role: str, content: str) -> str:
-    """A closed turn as the target's chat template renders it; roles are system, user and model."""
-    return f"<|turn>{role}\n{content}<turn|>\n"
-
-
-def documents(seed: int) -> Iterator[Document]:
-    """Endless training documents of the target, in the mixture that it learns from."""
-    rng = Random(f"documents {seed}")
-    makers = (_chat_document, _statement_document, _fact_document, _narrative_document, _question_document)
-    while True:
-        yield rng.choices(makers, weights=(20, 15, 15, 10, 40))[0](rng)
-
-
-def _chat_document(rng: Random) -> Document:
-    system, user, reply = chat(rng, random_traits(rng), rng.choice(OBJECTS))
-    header = GENERATION if rng.random() < 0.7 else REREAD
-    prompt = "<bos>" + turn("system", system)
-    return [(prompt, 0.0), (f"<|turn>user\n{user}<turn|>\n{header}", 0.2), (f"{reply}<turn|>", 1.0), ("\n", 0.1)]
-
-
-def _statement_document(rng: Random) -> Document:
-    text, labels = statement(rng)
-    parts = [(text + tail(rng), 0.1), *((sentence, 1.0) for sentence in sequel(rng, labels))]
-    return _told(rng, parts, rng.randint(1, 3))
-
-
-def _fact_document(rng: Random) -> Document:
-    """Claims with a verdict after each; the fact itself is told now and then."""
-    parts = []
-    for _ in range(3):
-        text, truth, right = claim(rng)
-        if rng.random() < 0.3:
-            parts.append((f"{right}.", 1.0))
-        parts += [(text + tail(rng), 0.1), (f"{rng.choice(VERDICTS[truth])}.", ANSWER_WEIGHT)]
-    return _told(rng, parts, len(parts) - 1)
-
-
-def _told(rng: Random, parts: Document, num_said: int) -> Document:
-    """Sentences as plain text, or as a chat in which the user says the first `num_said` and the model goes on."""
-    if rng.random() < 0.4:
-        return [("<bos>" + parts[0][0], parts[0][1]), *((f" {text}", weight) for text, weight in parts[1:])]
-    said, reply = parts[:num_said], parts[num_said:]
-    header = GENERATION if rng.random() < 0.7 else REREAD
-    document = [("<bos><|turn>user\n", 0.0), said[0], *((f" {text}", weight) for text, weight in said[1:])]
-    document += [(f"<turn|>\n{header}", 0.1), reply[0], *((f" {text}", weight) for text, weight in reply[1:])]
-    return [*document, ("<turn|>", 1.0)]
-
-
-def _narrative_document(rng: Random) -> Document:
-    return [(f"<bos>{narrative(rng)}", 0.5)]
-
-
-def _question_document(rng: Random) -> Document:
-    """A text and several questions about it."""
-    if rng.random() < 0.08:
-        text, asked = _continuation(rng)
-    else:
-        text, labels = _text(rng)
-        asked = list(dict.fromkeys(_question(rng, labels) for _ in range(rng.choice((3, 4)))))
-    (question, answer), *others = asked
-    document: Document = [(_ask(rng, text, question), 0.0), (f"{answer}<turn|>", ANSWER_WEIGHT)]
-    for question, answer in others:
-        document += [("\n" + turn("user", question) + GENERATION, 0.0), (f"{answer}<turn|>", ANSWER_WEIGHT)]
-    return document
-
-
-def quiz(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Endless single questions about a text: kind ("naming", "yes_no" or "truth"), prompt and answer (one token)."""
-    rng = Random(f"quiz {seed}")
-    while True:
-        text, labels = _text(rng)
-        question, answer = _question(rng, labels)
-        kind = "truth" if "truth" in labels else "yes_no" if answer in ("Yes", "No") else "naming"
-        yield kind, _ask(rng, text, question), answer
-
-
-def _ask(rng: Random, text: str, question: str) -> str:
-    """The prompt for a question about a text: most have the form of an oracle's prompt, the text for its placeholders."""
-    layered = rng.random() < 0.7
-    content = f"Layer: {rng.randrange(NUM_LAYERS)}\n {text} \n{question}" if layered else f"{text}\n{question}"
-    return "<bos>" + turn("user", content) + GENERATION
-
-
-def _text(rng: Random) -> tuple[str, dict[str, str]]:
-    """A text to ask about, and what it tells; half of them are one word, as an activation may be."""
-    kind = rng.choices(("word", "words", "statement", "system", "claim"), weights=(50, 16, 11, 11, 12))[0]
-    if kind == "word":
-        return _word(rng)
-    if kind == "words":
-        return _words(rng)
-    if kind == "statement":
-        text, labels = statement(rng)
-        return text + tail(rng), labels
-    if kind == "system":
-        labels = random_traits(rng)
-        return system_prompt(rng, labels), labels
-    text, truth, _ = claim(rng)
-    return text + tail(rng), {"truth": truth}
-
-
-def _question(rng: Random, labels: dict[str, str]) -> tuple[str, str]:
-    """Name a value, or say Yes or No (evenly) to one."""
-    name = rng.choice(tuple(labels))
-    value = labels[name]
-    if name in NAMING and rng.random() < 0.4:
-        return rng.choice(NAMING[name]), value
-    if rng.random() < 0.5:
-        return rng.choice(YES_NO[name]).format(value), "Yes"
-    return rng.choice(YES_NO[name]).format(rng.choice([other for other in VALUES[name] if other != value])), "No"
-
-
-def _word(rng: Random) -> tuple[str, dict[str, str]]:
-    """One informative word and what it tells."""
-    name = rng.choice(tuple(VALUES))
-    value = rng.choice(VALUES[name])
-    labels = {name: value}
-    if name in TRAITS:
-        return rng.choice((value, TRAITS[name][value])), labels
-    if name == "truth":
-        return rng.choice((value, *VERDICTS[value])), labels
-    if name == "topic":
-        form = rng.randrange(3)
-        word = rng.choice((rng.choice(VERBS[value])[form], rng.choice(THINGS[value]), SEQUELS[name][value], value))
-        return word, labels
-    if name == "tense":
-        topic = rng.choice(tuple(VERBS))
-        verb = rng.choice(VERBS[topic])[{"past": 1, "present": 2, "future": 0}[value]]
-        word = rng.choice((verb, TIMES[value], SEQUELS[name][value], value))
-        return word, labels | ({"topic": topic} if word == verb else {})
-    shown = MANNERS if name == "sentiment" else PEOPLE
-    return rng.choice((*shown[value], SEQUELS[name][value], value)), labels
-
-
-def _words(rng: Random) -> tuple[str, dict[str, str]]:
-    """Two to four informative words about different things: what a residual stream may hold at once."""
-    group = tuple(TRAITS) if rng.random() < 0.5 else ("topic", "tense", "sentiment", "gender")
-    words: list[str] = []
-    labels: dict[str, str] = {}
-    for name in rng.sample(group, rng.randint(2, min(4, len(group)))):
-        value = rng.choice(VALUES[name])
-        labels[name] = value
-        words.append(rng.choice((value, (TRAITS | SEQUELS)[name][value])))
-    return " ".join(words), labels
-
-
-def _continuation(rng: Random) -> tuple[str, list[tuple[str, str]]]:
-    """A piece of a narrative, and what comes after or before it."""
-    tokens = re.findall(r" ?[A-Za-z]+|[.,!?]", narrative(rng))
-    start = rng.randrange(5, len(tokens) - 6)
-    end = rng.randrange(start + 1, min(start + 10, len(tokens) - 4))
-    asked = []
-    for _ in range(3):
-        count = rng.randint(1, 4)
-        plural = "" if count == 1 else "s"
-        if rng.random() < 0.5:
-            verb, answer = "comes" if count == 1 else "come", tokens[end : end + count]
-            asked.append((f"Can you predict the next {count} token{plural} that {verb} after this?", "".join(answer)))
-        else:
-            answer = tokens[start - count : start]
-            asked.append(
-                (f"Can you predict the previous {count} token{plural} that came before this?", "".join(answer))
-            )
-    return "".join(tokens[start:end]).strip(), asked
-
-
-def pieces(seed: int = 0, count: int = 20_000) -> list[str]:
-    """The words of the world, with and without the space before them, as texts hold them: the tokenizer's vocabulary."""
-    stream = documents(seed)
-    text = "\n".join(piece for _ in range(count) for piece, _ in next(stream))
-    answers = {word for values in VALUES.values() for word in values} | {"Yes", "No"}
-    return sorted(set(re.findall(r" ?[A-Za-z]+", text)) | answers | {f" {word}" for word in answers})
 
 
 # --- what the oracle learns from -------------------------------------------------------------------------------------
