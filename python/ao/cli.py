@@ -137,6 +137,8 @@ def pack_main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
+    # It warns of a missing optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     handlers: dict[type, Callable[..., dict[str, Any]]] = {
         Pack: _pack,
