@@ -55,18 +55,18 @@ impl Tokenizer {
         if let Some(why) = &self.surfaces.refused {
             return Err(Error::Tokenizer(why.clone()));
         }
-        let mut walk = Walk { tokenizer: self, ids, spans: Vec::with_capacity(ids.len()) };
+        let mut walk = Walk { tokenizer: self, ids, stop, spans: Vec::with_capacity(ids.len()) };
         let mut at = 0;
-        while at < text.len() && at < stop {
+        while at < text.len() && !walk.done() {
             let found = self.engine.next_added(text, at, false);
             let ((start, end), id) = found.unwrap_or(((text.len(), text.len()), 0));
             walk.chunk(&text[at..start], at)?;
-            if found.is_some() {
+            if found.is_some() && !walk.done() {
                 walk.added(id, ByteSpan { start, end })?;
             }
             at = end;
         }
-        if at >= text.len() && walk.spans.len() != ids.len() {
+        if !walk.done() && walk.spans.len() != ids.len() {
             return Err(walk.mismatch("the text ends"));
         }
         Ok(walk.spans)
@@ -77,6 +77,8 @@ impl Tokenizer {
 struct Walk<'a> {
     tokenizer: &'a Tokenizer,
     ids: &'a [i32],
+    /// What begins at or behind this byte is not asked for.
+    stop: usize,
     spans: Vec<ByteSpan>,
 }
 
@@ -97,50 +99,40 @@ impl Walk<'_> {
         }
         let engine = &self.tokenizer.engine;
         let normalized = engine.normalize(chunk, base)?;
-        let mut origin = if normalized == chunk { Origin::Same(chunk) } else { self.origin(chunk, &normalized, base)? };
+        let origin = if normalized == chunk { Origin::Same(chunk) } else { self.origin(chunk, &normalized, base)? };
+        let mut traced = Traced { normalized: &normalized, origin, base };
         let mut at = 0;
-        while at < normalized.len() {
+        while at < normalized.len() && !self.done() {
             let found = engine.next_added(&normalized, at, true);
             let ((start, end), id) = found.unwrap_or(((normalized.len(), normalized.len()), 0));
-            self.model_tokens(&normalized, at, start, &mut origin, base)?;
-            if found.is_some() {
-                self.added(id, origin.of(start, end).shifted(base))?;
+            self.model_tokens(&mut traced, at, start)?;
+            if found.is_some() && !self.done() {
+                self.added(id, traced.original(start, end))?;
             }
             at = end;
         }
         Ok(())
     }
 
-    /// Place the model's tokens that spell `normalized[at..end]`.
-    fn model_tokens(
-        &mut self,
-        normalized: &str,
-        at: usize,
-        end: usize,
-        origin: &mut Origin,
-        base: usize,
-    ) -> Result<()> {
-        let mut at = at;
-        while at < end {
+    /// Place the model's tokens that spell the normalized bytes `at..end`.
+    fn model_tokens(&mut self, traced: &mut Traced, mut at: usize, end: usize) -> Result<()> {
+        while at < end && !self.done() {
             let Some(&id) = self.ids.get(self.spans.len()) else {
                 return Err(self.mismatch("the tokens end before the text"));
             };
-            let rest = &normalized.as_bytes()[at..end];
-            let surfaces = &self.tokenizer.surfaces;
-            let length = if surfaces.fallback(id) == Some(rest[0]) {
-                1
-            } else {
-                let surface = surfaces.of(id);
-                if surface.is_empty() || !rest.starts_with(surface) {
-                    return Err(self
-                        .mismatch(&format!("it does not continue {:?}", &normalized[..at_boundary(normalized, at)])));
-                }
-                surface.len()
+            let Some(length) = self.tokenizer.surfaces.length_at(id, &traced.normalized[..end], at) else {
+                let read = &traced.normalized[..at_boundary(traced.normalized, at)];
+                return Err(self.mismatch(&format!("it does not continue {read:?}")));
             };
-            self.spans.push(origin.of(at, at + length).shifted(base));
+            self.spans.push(traced.original(at, at + length));
             at += length;
         }
         Ok(())
+    }
+
+    /// Whether everything that is asked for has been placed.
+    fn done(&self) -> bool {
+        self.spans.last().is_some_and(|last| last.start >= self.stop)
     }
 
     /// Trace `normalized` back to `chunk`, with what the normalizer put in front and without.
@@ -218,6 +210,19 @@ fn at_boundary(text: &str, at: usize) -> usize {
 struct Unit {
     end: usize,
     original: ByteSpan,
+}
+
+/// A normalized stretch of a text and where its bytes come from.
+struct Traced<'a> {
+    normalized: &'a str,
+    origin: Origin<'a>,
+    base: usize,
+}
+
+impl Traced<'_> {
+    fn original(&mut self, start: usize, end: usize) -> ByteSpan {
+        self.origin.of(start, end).shifted(self.base)
+    }
 }
 
 /// Where normalized bytes come from.

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::example::{Example, Positions};
 use crate::frame::{FramedContext, Framer};
 use crate::lens::{self, LensSettings};
+use crate::manifest::canonical_json;
 use crate::sample::Draws;
 
 /// One unit of training: an oracle prompt with its answer, and where its placeholders get their vectors.
@@ -36,8 +37,8 @@ pub struct Datapoint {
     pub question: Arc<str>,
     /// The answer, for people.
     pub answer: Arc<str>,
-    /// The example's own `meta`.
-    pub meta: Arc<Map<String, Value>>,
+    /// The example's own `meta`, as canonical JSON.
+    pub meta: Arc<str>,
 }
 
 /// How the layers of an example become datapoints.
@@ -138,7 +139,7 @@ pub fn build(framer: &Framer, common: &Common, source: &Source, example: Example
         context_ids: Arc::from(&asked.context.ids[..length]),
         question: Arc::from(asked.question),
         answer: Arc::from(asked.answer),
-        meta: Arc::new(example.meta),
+        meta: Arc::from(canonical_json(&Value::Object(example.meta))),
         read_positions: asked.read_positions,
         kind: example.target.code(),
         answer_ids: answer,
@@ -162,7 +163,7 @@ struct Shared {
     context_ids: Arc<[i32]>,
     question: Arc<str>,
     answer: Arc<str>,
-    meta: Arc<Map<String, Value>>,
+    meta: Arc<str>,
     read_positions: Vec<i32>,
     kind: u8,
     answer_ids: Vec<i32>,

@@ -55,10 +55,10 @@ pub(crate) fn ask(
     let lead = framer.num_lead_tokens(&context);
     let end = context.ids.len().min(settings.max_context_tokens);
     let mut draws = Draws::new(common.seed, &example.id, "lens");
-    let Some(drawn) = Drawn::new(settings, end.saturating_sub(lead), &mut draws) else {
+    let Some(window) = Drawn::new(settings, end.saturating_sub(lead), &mut draws) else {
         return Ok(Err("context_too_short"));
     };
-    let answer_ids = &context.ids[lead + drawn.answer_start..][..drawn.num_answer];
+    let answer_ids = &context.ids[lead + window.answer_start..][..window.num_answer];
     if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
         return Ok(Err("special_token_in_answer"));
     }
@@ -66,11 +66,11 @@ pub(crate) fn ask(
     if answer.is_empty() || answer.contains(char::REPLACEMENT_CHARACTER) {
         return Ok(Err("answer_not_decodable"));
     }
-    let first = (lead + drawn.read_start) as i32;
+    let first = (lead + window.read_start) as i32;
     Ok(Ok(Asked {
         context,
-        read_positions: (first..first + drawn.num_read as i32).collect(),
-        question: drawn.question(),
+        read_positions: (first..first + window.num_read as i32).collect(),
+        question: window.question(),
         answer,
     }))
 }
@@ -107,11 +107,13 @@ impl Drawn {
 
     fn question(&self) -> String {
         let count = self.num_answer;
-        let (tokens, come, came) = if count == 1 { ("token", "comes", "came") } else { ("tokens", "come", "came") };
+        let plural = count != 1;
+        let tokens = if plural { "tokens" } else { "token" };
         if self.next {
+            let come = if plural { "come" } else { "comes" };
             format!("Can you predict the next {count} {tokens} that {come} after this?")
         } else {
-            format!("Can you predict the previous {count} {tokens} that {came} before this?")
+            format!("Can you predict the previous {count} {tokens} that came before this?")
         }
     }
 }

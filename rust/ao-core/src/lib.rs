@@ -1,7 +1,7 @@
 //! Packing of activation-oracle training data, without Python.
 //!
 //! [`frame::Framer`] turns contexts, questions and answers into aligned token ids; [`pack::PackWriter`] turns examples
-//! into shards that [`shard`] reads back; [`plan::plan`] says which datapoints make a training step. All randomness is
+//! into shards that [`layout`] reads back; [`plan::plan`] says which datapoints make a training step. All randomness is
 //! keyed by seed and id, so the same input gives the same bytes whatever the number of threads.
 
 #![deny(missing_docs)]
@@ -12,15 +12,18 @@ mod engine;
 pub mod error;
 pub mod example;
 pub mod frame;
+pub mod layout;
 pub mod lens;
 pub mod locate;
 pub mod manifest;
 pub mod pack;
 pub mod plan;
 pub mod sample;
+mod settings;
 pub mod shard;
 pub mod span;
 pub mod template;
 pub mod tokenize;
+mod turns;
 
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@
 //! is spread over it, so that a context is run once per window and still a step sees many contexts. The order knows
 //! nothing of ranks; they only divide each step.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::error::{Error, Result};
@@ -42,14 +43,14 @@ pub fn plan(lengths: &[i32], context_lengths: &[i32], groups: &[i64], settings: 
     check(lengths, context_lengths, groups, settings)?;
     let mut draws = Draws::new(settings.seed, &settings.epoch.to_string(), "plan");
     let members = shuffled_groups(groups, &mut draws);
-    let windows = fill_windows(members, lengths.len(), settings);
+    let windows = fill_windows(&members, lengths.len(), settings);
     let mut order = Vec::with_capacity(lengths.len());
     for window in windows {
         order.extend(spread(&window, settings.examples_per_step, &mut draws));
     }
     let mut rank = Vec::with_capacity(order.len());
-    let step_of_window = settings.window * settings.examples_per_step;
-    for window in order.chunks(step_of_window) {
+    let capacity = settings.window.saturating_mul(settings.examples_per_step);
+    for window in order.chunks(capacity) {
         let mut homes = HashMap::new();
         for step in window.chunks(settings.examples_per_step) {
             rank.extend(divide(step, lengths, context_lengths, groups, settings.ranks, &mut homes));
@@ -151,13 +152,15 @@ impl Waiting {
 
 /// Cut the groups into windows of `window * examples_per_step` datapoints, the last one shorter and a whole number of
 /// steps. A group is divided only if it is larger than a window, or where no waiting group fits what is left of one.
-fn fill_windows(groups: Vec<Vec<usize>>, count: usize, settings: PlanSettings) -> Vec<Vec<usize>> {
+fn fill_windows(groups: &[Vec<usize>], count: usize, settings: PlanSettings) -> Vec<Vec<usize>> {
     let step = settings.examples_per_step;
+    let largest = settings.window.saturating_mul(step);
     let mut left = count / step * step;
-    let mut waiting = Waiting::new(groups);
+    let fitting = groups.iter().flat_map(|group| group.chunks(largest).map(<[usize]>::to_vec));
+    let mut waiting = Waiting::new(fitting.collect());
     let mut windows = Vec::new();
     while left > 0 {
-        let capacity = left.min(settings.window.saturating_mul(step));
+        let capacity = left.min(largest);
         let mut window = Vec::with_capacity(capacity);
         while window.len() < capacity {
             let room = capacity - window.len();
@@ -185,8 +188,8 @@ fn spread(window: &[usize], examples_per_step: usize, draws: &mut Draws) -> Vec<
     steps.concat()
 }
 
-/// Divide a step among ranks, the longest datapoints first, each to the lightest rank; a datapoint stays on the rank
-/// that already ran its context in this window while that rank has no more than its fair share.
+/// Divide a step among ranks. A datapoint stays on the rank that already ran its context in this window while that rank
+/// has no more than its fair share of tokens; the others go, the longest first, each to the lightest rank.
 fn divide(
     step: &[usize],
     lengths: &[i32],
@@ -195,26 +198,36 @@ fn divide(
     ranks: usize,
     homes: &mut HashMap<i64, usize>,
 ) -> Vec<i32> {
-    let tokens = |at: usize| i64::from(lengths[at]);
-    let fair = step.iter().map(|&at| tokens(at)).sum::<i64>() / ranks as i64;
+    let tokens = |at: usize| i64::from(lengths[step[at]]);
+    let fair = (0..step.len()).map(tokens).sum::<i64>() / ranks as i64;
+    let mut load = vec![0; ranks];
+    let mut count = vec![0; ranks];
+    let mut rank = vec![None; step.len()];
     let mut by_length: Vec<usize> = (0..step.len()).collect();
-    by_length.sort_by_key(|&at| (std::cmp::Reverse((tokens(step[at]), context_lengths[step[at]])), at));
-    let mut load = vec![0i64; ranks];
-    let mut busy = vec![false; ranks];
-    let mut rank = vec![0; step.len()];
-    for (done, &at) in by_length.iter().enumerate() {
-        let datapoint = step[at];
-        let idle = busy.iter().filter(|&&busy| !busy).count();
-        // Every rank must get something, or it would have no gradient to give.
-        let may_stay =
-            |home: usize| load[home] + tokens(datapoint) <= fair && (!busy[home] || step.len() - done > idle);
-        let lightest =
-            (0..ranks).min_by_key(|&rank| (busy[rank], load[rank], rank)).expect("there is at least one rank");
-        let chosen = homes.get(&groups[datapoint]).copied().filter(|&home| may_stay(home)).unwrap_or(lightest);
-        homes.entry(groups[datapoint]).or_insert(chosen);
-        load[chosen] += tokens(datapoint);
-        busy[chosen] = true;
-        rank[at] = chosen as i32;
+    by_length.sort_by_key(|&at| (Reverse((tokens(at), context_lengths[step[at]])), at));
+    // Every rank must get something, or it would have no gradient to give: enough is left for those without.
+    let mut to_spare = step.len() - ranks;
+    for &at in &by_length {
+        let home = homes.get(&groups[step[at]]).copied();
+        let Some(home) = home.filter(|&home| load[home] + tokens(at) <= fair) else { continue };
+        if count[home] > 0 {
+            if to_spare == 0 {
+                continue;
+            }
+            to_spare -= 1;
+        }
+        load[home] += tokens(at);
+        count[home] += 1;
+        rank[at] = Some(home);
     }
-    rank
+    for &at in &by_length {
+        if rank[at].is_none() {
+            let lightest = (0..ranks).min_by_key(|&rank| (count[rank] > 0, load[rank])).unwrap_or(0);
+            homes.entry(groups[step[at]]).or_insert(lightest);
+            load[lightest] += tokens(at);
+            count[lightest] += 1;
+            rank[at] = Some(lightest);
+        }
+    }
+    rank.into_iter().map(|rank| rank.unwrap_or(0) as i32).collect()
 }

@@ -105,6 +105,7 @@ fn python_method(
 }
 
 /// `json.dumps(value, ensure_ascii=False)` with the arguments that transformers passes on.
+#[expect(clippy::needless_pass_by_value, reason = "the engine hands its arguments over")]
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let failed = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
     let mut json = serde_json::to_value(value).map_err(failed)?;

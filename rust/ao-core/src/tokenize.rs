@@ -112,6 +112,8 @@ pub(crate) struct Surfaces {
     bytes: Vec<u8>,
     /// The byte that an id stands for where the model falls back to bytes.
     fallback: HashMap<i32, u8>,
+    /// The id that stands for one character that the model does not know.
+    unknown: Option<i32>,
     /// Why no spans can be told, where that is so.
     pub(crate) refused: Option<String>,
 }
@@ -126,13 +128,14 @@ impl Surfaces {
             ends: Vec::with_capacity(entries.len()),
             bytes: Vec::new(),
             fallback: HashMap::new(),
+            unknown: unknown(model),
             refused: refusal(model),
         };
         for (token, id) in entries {
             surfaces.ends.resize(id, surfaces.bytes.len());
             match &decode {
                 Some(alphabet) => {
-                    surfaces.bytes.extend(token.chars().filter_map(|character| alphabet.get(&character).copied()))
+                    surfaces.bytes.extend(token.chars().filter_map(|character| alphabet.get(&character).copied()));
                 }
                 None => surfaces.bytes.extend_from_slice(token.as_bytes()),
             }
@@ -147,19 +150,24 @@ impl Surfaces {
     }
 
     /// The bytes of `id`, empty where it is not in the model's vocabulary.
-    pub(crate) fn of(&self, id: i32) -> &[u8] {
+    fn of(&self, id: i32) -> &[u8] {
         let Ok(at) = usize::try_from(id) else { return &[] };
         let Some(&end) = self.ends.get(at) else { return &[] };
         let start = if at == 0 { 0 } else { self.ends[at - 1] };
         &self.bytes[start..end]
     }
 
-    /// The byte that `id` stands for.
-    pub(crate) fn fallback(&self, id: i32) -> Option<u8> {
-        if self.fallback.is_empty() {
-            return None;
+    /// How many bytes of `text` from byte `at` the token `id` spells, or `None` if it does not.
+    pub(crate) fn length_at(&self, id: i32, text: &str, at: usize) -> Option<usize> {
+        let rest = &text.as_bytes()[at..];
+        if !self.fallback.is_empty() && self.fallback.get(&id) == rest.first() {
+            return Some(1);
         }
-        self.fallback.get(&id).copied()
+        if self.unknown == Some(id) {
+            return text.get(at..)?.chars().next().map(char::len_utf8);
+        }
+        let surface = self.of(id);
+        (!surface.is_empty() && rest.starts_with(surface)).then_some(surface.len())
     }
 }
 
@@ -188,6 +196,14 @@ fn refusal(model: &Value) -> Option<String> {
         "its entries carry a word-piece mark, for which this version has no token spans; give no \"read\" spans"
             .to_owned()
     })
+}
+
+/// The unknown token, where it stands for one character each; fused ones cover a run whose end cannot be told.
+fn unknown(model: &Value) -> Option<i32> {
+    if model["type"] != "BPE" || model["fuse_unk"] == true {
+        return None;
+    }
+    model["vocab"][model["unk_token"].as_str()?].as_i64().map(|id| id as i32)
 }
 
 fn fallback_byte(token: &str) -> Option<u8> {

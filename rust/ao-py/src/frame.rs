@@ -61,7 +61,6 @@ impl Framer {
         Ok(Context { framer: Arc::clone(&self.inner), framed: framed.map_err(to_python)? })
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python sequence")]
     fn prompt(&self, py: Python<'_>, layers: Vec<usize>, num_positions: usize, question: &str) -> PyResult<Prompt> {
         py.detach(|| self.inner.prompt(&layers, num_positions, question))
             .map(|framed| Prompt { framed })

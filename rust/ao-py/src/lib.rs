@@ -1,5 +1,7 @@
 //! The extension module `ao._ao`: the core's functions with Python's types around them.
 
+#![allow(clippy::needless_pass_by_value, reason = "pyo3 hands the extracted arguments over")]
+
 mod error;
 mod frame;
 mod pack;

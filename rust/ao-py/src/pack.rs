@@ -21,7 +21,6 @@ pub struct PackWriter {
 #[pymethods]
 impl PackWriter {
     #[new]
-    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python path")]
     fn new(py: Python<'_>, out_dir: PathBuf, framer: &Framer, settings_json: &str) -> PyResult<Self> {
         let framer = Arc::clone(&framer.inner);
         let inner = py.detach(|| pack::PackWriter::new(&out_dir, &framer, settings_json)).map_err(to_python)?;

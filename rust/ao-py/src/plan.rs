@@ -12,9 +12,8 @@ use crate::int32_buffer;
 #[pyfunction]
 #[pyo3(signature = (lengths, context_lengths, groups, *, examples_per_step, window, ranks, seed, epoch))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-#[expect(clippy::needless_pass_by_value, reason = "buffers are extracted from Python objects")]
-pub fn plan<'py>(
-    py: Python<'py>,
+pub fn plan(
+    py: Python<'_>,
     lengths: PyBuffer<i32>,
     context_lengths: PyBuffer<i32>,
     groups: PyBuffer<i64>,
@@ -23,7 +22,7 @@ pub fn plan<'py>(
     ranks: usize,
     seed: u64,
     epoch: u64,
-) -> PyResult<(Bound<'py, PyMemoryView>, Bound<'py, PyMemoryView>)> {
+) -> PyResult<(Bound<'_, PyMemoryView>, Bound<'_, PyMemoryView>)> {
     let (lengths, context_lengths) = (lengths.to_vec(py)?, context_lengths.to_vec(py)?);
     let groups = groups.to_vec(py)?;
     let settings = PlanSettings { examples_per_step, window, ranks, seed, epoch };

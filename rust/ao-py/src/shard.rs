@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use ao_core::{manifest, shard};
+use ao_core::{layout, manifest};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -14,7 +14,7 @@ type Layout<'py> = (String, String, Bound<'py, PyTuple>, u64);
 /// The arrays of a shard, after checking its whole structure.
 #[pyfunction]
 pub fn shard_layout(py: Python<'_>, path: PathBuf) -> PyResult<Vec<Layout<'_>>> {
-    let arrays = py.detach(|| shard::layout(&path)).map_err(to_python)?;
+    let arrays = py.detach(|| layout::layout(&path)).map_err(to_python)?;
     arrays
         .into_iter()
         .map(|array| Ok((array.name, array.dtype, PyTuple::new(py, array.shape)?, array.offset)))
@@ -24,13 +24,13 @@ pub fn shard_layout(py: Python<'_>, path: PathBuf) -> PyResult<Vec<Layout<'_>>> 
 /// The canonical JSON in the header of a shard.
 #[pyfunction]
 pub fn shard_metadata(py: Python<'_>, path: PathBuf) -> PyResult<String> {
-    py.detach(|| shard::metadata(&path)).map_err(to_python)
+    py.detach(|| layout::metadata(&path)).map_err(to_python)
 }
 
 /// Check the content of a shard against the sha256 in its manifest.
 #[pyfunction]
 pub fn verify_shard(py: Python<'_>, path: PathBuf, sha256: &str) -> PyResult<()> {
-    py.detach(|| shard::verify(&path, sha256)).map_err(to_python)
+    py.detach(|| layout::verify(&path, sha256)).map_err(to_python)
 }
 
 /// Write a file so that a reader sees the old one or the whole new one.

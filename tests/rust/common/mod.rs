@@ -1,0 +1,121 @@
+//! What the tests share: two small framers, examples with everything odd in them, and a data set written from them.
+
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::path::{Path, PathBuf};
+
+use ao_core::Result;
+use ao_core::frame::Framer;
+use ao_core::pack::PackWriter;
+use serde_json::{Value, json};
+
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name)
+}
+
+pub fn read(name: &str) -> String {
+    std::fs::read_to_string(golden(name)).expect("the golden files are in the repository")
+}
+
+/// A framer like Gemma 4's: the generation prompt ends with an empty thought.
+pub fn gemma() -> Framer {
+    let specials = json!({"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": null});
+    Framer::new(&read("gemma.json"), &read("gemma.jinja"), &specials.to_string(), " ?", "2025-01-01")
+        .expect("the golden files fit")
+}
+
+/// A framer like Qwen 3's: no beginning-of-sequence token, contents shown as they are.
+pub fn qwen() -> Framer {
+    let specials = json!({"bos_token": null, "eos_token": "<|im_end|>"});
+    Framer::new(&read("qwen.json"), &read("qwen.jinja"), &specials.to_string(), " ?", "2025-01-01")
+        .expect("the golden files fit")
+}
+
+pub fn settings() -> Value {
+    json!({
+        "seed": 7,
+        "num_layers": 12,
+        "read_layers": [3, 6, 9],
+        "layers_per_example": "one",
+        "examples_per_shard": 16,
+        "max_input_tokens": 400,
+        "max_context_tokens": 400,
+        "oracle": {"model": "tiny", "tokenizer": "1"},
+        "targets": {"base": {"model": "tiny"}},
+        "config": {"read_depths": [0.25, 0.5, 0.75]},
+    })
+}
+
+pub fn records_source() -> Value {
+    json!({
+        "name": "records",
+        "kind": "records",
+        "reads": [{"share": 0.4, "all": true}, {"share": 0.6, "window": [1, 3], "before_end": [0, 9]}],
+    })
+}
+
+pub fn lens_source() -> Value {
+    json!({"name": "texts", "kind": "context_prediction", "single_share": 0.5, "window": [1, 10], "predict": [1, 4]})
+}
+
+/// Examples that use every field and share contexts in every way.
+pub fn records() -> Vec<Value> {
+    let chat =
+        |user: &str| json!([{"role": "system", "content": " You are kind. "}, {"role": "user", "content": user}]);
+    let closed = json!([{"role": "user", "content": "caf\u{e9}?"}, {"role": "assistant", "content": "Yes \u{1f600}."}]);
+    let mut examples: Vec<Value> = (0..24)
+        .map(|at| {
+            json!({
+                "id": format!("r{at}"),
+                "context": chat(&format!("number {}", at / 4)),
+                "question": if at % 2 == 0 { "Is the user kind? " } else { "What ? ? is <|turn> this" },
+                "answer": if at % 3 == 0 { "Yes" } else { "No, na\u{ef}ve" },
+            })
+        })
+        .collect();
+    examples
+        .push(json!({"id": "whole", "context": "a b c d e f g", "question": "q", "answer": "a", "positions": "all"}));
+    examples
+        .push(json!({"id": "prefix", "context": "a b c d e f g", "question": "q", "answer": "a", "positions": [0, 1]}));
+    examples.push(json!({
+        "id": "spans", "context": closed, "read": [{"message": 0, "start": 3, "end": 4}, {"message": 1}],
+        "question": "q", "answer": "a", "positions": "all", "layers": [0.5, 11], "target": "difference",
+        "meta": {"z": 1, "a": [true, null, "\u{e9}"]}, "source": "other",
+    }));
+    examples.push(json!({
+        "id": "window", "context": closed, "question": "q", "answer": "a",
+        "positions": {"window": [2, 2], "before_end": [1, 1]}, "target": "adapter",
+    }));
+    examples
+}
+
+pub fn texts() -> Vec<Value> {
+    (0..24)
+        .map(|at| json!({"id": format!("t{at}"), "context": format!("The weather in Paris is fine today, {at} \u{1f600} times.")}))
+        .collect()
+}
+
+pub fn lines(examples: &[Value]) -> Vec<u8> {
+    examples.iter().flat_map(|example| format!("{example}\n").into_bytes()).collect()
+}
+
+/// Pack the examples above into `folder` and return the manifest.
+pub fn pack(framer: &Framer, folder: &Path, settings: &Value) -> Result<Value> {
+    let mut writer = PackWriter::new(folder, framer, &settings.to_string())?;
+    writer.add(framer, &records_source().to_string(), &lines(&records()))?;
+    writer.add(framer, &lens_source().to_string(), &lines(&texts()))?;
+    let manifest = writer.finish()?;
+    Ok(serde_json::from_str(&manifest).expect("the manifest is JSON"))
+}
+
+/// All files of a folder by name.
+pub fn files(folder: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
+    std::fs::read_dir(folder)
+        .expect("the folder is there")
+        .map(|entry| {
+            let path = entry.expect("the entry can be read").path();
+            let name = path.file_name().expect("it has a name").to_string_lossy().into_owned();
+            (name, std::fs::read(&path).expect("the file can be read"))
+        })
+        .collect()
+}

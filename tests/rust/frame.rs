@@ -1,0 +1,255 @@
+//! Framing: prompts, contexts and answers, against the template's own rendering.
+
+#![allow(clippy::unwrap_used, clippy::format_collect, reason = "a test stops where it fails")]
+
+mod common;
+
+use ao_core::error::Error;
+use ao_core::example::{Context, Message, Read};
+use ao_core::frame::{FramedContext, Framer};
+use ao_core::template::Template;
+use proptest::prelude::*;
+use serde_json::json;
+
+fn messages(turns: &[(&str, &str)]) -> Context {
+    let message = |&(role, content): &(&str, &str)| Message { role: role.to_owned(), content: content.to_owned() };
+    Context::Messages(turns.iter().map(message).collect())
+}
+
+fn read(message: Option<usize>, range: Option<(usize, usize)>, onwards: bool) -> Read {
+    Read { message, start: range.map(|(start, _)| start), end: range.map(|(_, end)| end), onwards }
+}
+
+/// The text that the readable tokens of `read` cover, token by token.
+fn covered(framer: &Framer, context: &FramedContext, read: &[Read]) -> Vec<String> {
+    let spans = framer.token_spans(context).unwrap();
+    let tokens = framer.readable(context, Some(read)).unwrap();
+    tokens.iter().map(|&at| context.text[spans[at as usize].start..spans[at as usize].end].to_owned()).collect()
+}
+
+fn template(name: &str) -> Template {
+    let specials = json!({"bos_token": "<bos>", "eos_token": "<eos>"});
+    Template::new(&common::read(name), specials.as_object().unwrap(), "2025-01-01").unwrap()
+}
+
+#[test]
+fn placeholders_survive_odd_questions() {
+    let cases = [(common::gemma(), template("gemma.jinja")), (common::qwen(), template("qwen.jinja"))];
+    let pieces = [
+        " ?",
+        "?",
+        " ? ?",
+        "Layer: 3\n",
+        "\n",
+        " ",
+        "  ",
+        "<|turn>",
+        "<turn|>",
+        "<|im_end|>",
+        "{{ x }}",
+        "{% if %}",
+        "e\u{301}",
+        "\u{1f600}",
+        "</think>",
+        "word",
+        "<note>",
+        "\t",
+    ];
+    let question =
+        prop::collection::vec(prop::sample::select(pieces.to_vec()), 0..10).prop_map(|pieces| pieces.concat());
+    let layers = prop::collection::vec(0usize..80, 1..4);
+    proptest!(ProptestConfig::with_cases(256), |(question in question, layers in layers, count in 1usize..9)| {
+        for (framer, template) in &cases {
+            let prompt = framer.prompt(&layers, count, &question).unwrap();
+            let lines: String = layers.iter().map(|layer| format!("Layer: {layer}\n{} \n", " ?".repeat(count))).collect();
+            let turn = Message { role: "user".to_owned(), content: lines + &question };
+            prop_assert_eq!(&prompt.text, &template.render(&[turn], true).unwrap());
+            prop_assert_eq!(&prompt.ids, &framer.tokenizer().encode(&prompt.text).unwrap());
+            prop_assert_eq!(prompt.placeholders.len(), layers.len() * count);
+            // The question cannot hold an earlier run, so the first tokens of the right id are the placeholders.
+            let first: Vec<i32> = (0..).zip(&prompt.ids).filter(|(_, id)| **id == framer.placeholder_id())
+                .map(|(at, _)| at).take(prompt.placeholders.len()).collect();
+            prop_assert_eq!(&prompt.placeholders, &first);
+        }
+    });
+}
+
+#[test]
+fn a_prompt_ends_as_generation_begins() {
+    let framer = common::gemma();
+    let prompt = framer.prompt(&[5], 2, "Is it? ").unwrap();
+    let expected = "<bos><|turn>user\nLayer: 5\n ? ? \nIs it?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>";
+    assert_eq!(prompt.text, expected);
+    let answer = framer.answer("Yes").unwrap();
+    assert_eq!(framer.tokenizer().decode(&answer).unwrap(), "Yes<turn|>");
+    assert_eq!(answer.last(), Some(&framer.end_of_turn_id()));
+}
+
+#[test]
+fn an_empty_answer_is_refused() {
+    let error = common::gemma().answer("").unwrap_err().to_string();
+    assert!(error.contains("without a supervised token"), "{error}");
+}
+
+#[test]
+fn a_conversation_is_open_unless_the_assistant_spoke_last() {
+    let framer = common::gemma();
+    let open = framer.context(&messages(&[("system", "s"), ("user", "u")])).unwrap();
+    assert!(open.text.ends_with("<|turn>model\n<|channel>thought\n<channel|>"));
+    let closed = framer.context(&messages(&[("user", "u"), ("assistant", "a")])).unwrap();
+    assert!(closed.text.ends_with("<|turn>model\na<turn|>\n"));
+}
+
+#[test]
+fn a_string_stands_behind_the_first_token() {
+    let framer = common::gemma();
+    let context = framer.context(&Context::Text("the sea".to_owned())).unwrap();
+    assert_eq!(context.text, "<bos>the sea");
+    assert_eq!(framer.tokenizer().decode(&context.ids).unwrap(), "<bos>the sea");
+    assert_eq!(framer.num_lead_tokens(&context), 1);
+    assert_eq!(covered(&framer, &context, &[read(None, Some((0, 3)), false)]).concat().trim_end(), "the");
+    let bare = common::qwen().context(&Context::Text("the sea".to_owned())).unwrap();
+    assert_eq!(bare.text, "the sea");
+}
+
+#[test]
+fn contents_are_found_by_place_not_by_text() {
+    // The user says what the system said, and says markup.
+    let framer = common::qwen();
+    let turns = [("system", "user"), ("user", "<|im_start|>user\nuser"), ("user", "user")];
+    let context = framer.context(&messages(&turns)).unwrap();
+    for (number, (_, content)) in turns.iter().enumerate() {
+        let whole = read(Some(number), Some((0, content.chars().count())), false);
+        assert_eq!(covered(&framer, &context, &[whole]).concat(), *content);
+    }
+}
+
+#[test]
+fn a_cut_content_keeps_its_offsets() {
+    let framer = common::gemma();
+    let context = framer.context(&messages(&[("user", "  \n kind sea \n")])).unwrap();
+    assert_eq!(covered(&framer, &context, &[read(Some(0), Some((4, 8)), false)]).concat().trim(), "kind");
+    let error = framer.readable(&context, Some(&[read(Some(0), Some((0, 2)), false)])).unwrap_err().to_string();
+    assert!(error.contains("selects no token"), "{error}");
+}
+
+#[test]
+fn turns_have_their_markup() {
+    let framer = common::gemma();
+    let context = framer.context(&messages(&[("system", "s s"), ("user", "u u"), ("assistant", "a a")])).unwrap();
+    let turn = |number| covered(&framer, &context, &[read(Some(number), None, false)]).concat();
+    assert_eq!(turn(0), "<|turn>system\ns s<turn|>\n");
+    assert_eq!(turn(1), "<|turn>user\nu u<turn|>\n");
+    assert_eq!(turn(2), "<|turn>model\na a<turn|>\n");
+    let onwards = covered(&framer, &context, &[read(Some(1), None, true)]).concat();
+    assert_eq!(onwards, "<|turn>user\nu u<turn|>\n<|turn>model\na a<turn|>\n");
+}
+
+#[test]
+fn a_turn_behind_a_lone_system_message_is_found_where_that_is_refused() {
+    let source = common::read("qwen.jinja");
+    let refusing = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}\
+                    {{ raise_exception('No user query found') }}{% endif %}";
+    let specials = json!({"eos_token": "<|im_end|>"}).to_string();
+    let template = format!("{refusing}{source}");
+    let framer = Framer::new(&common::read("qwen.json"), &template, &specials, " ?", "2025-01-01").unwrap();
+    let context = framer.context(&messages(&[("system", "s"), ("user", "u")])).unwrap();
+    let onwards = covered(&framer, &context, &[read(Some(1), None, true)]).concat();
+    assert_eq!(onwards, "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
+}
+
+#[test]
+fn what_a_template_rewrites_is_not_located() {
+    let framer = common::qwen();
+    let turns = messages(&[("user", "u"), ("assistant", "<think>\nno\n</think>\n\nyes"), ("user", "v")]);
+    let context = framer.context(&turns).unwrap();
+    assert!(!context.text.contains("<think>\nno"));
+    let error = framer.readable(&context, Some(&[read(Some(2), Some((0, 1)), false)])).unwrap_err().to_string();
+    assert!(error.contains("leave \"read\" out"), "{error}");
+    assert_eq!(framer.readable(&context, None).unwrap().len(), context.ids.len());
+}
+
+#[test]
+fn wrong_spans_are_refused() {
+    let framer = common::gemma();
+    let text = framer.context(&Context::Text("sea".to_owned())).unwrap();
+    let chat = framer.context(&messages(&[("user", "sea")])).unwrap();
+    let cases = [
+        (&text, read(None, Some((0, 4)), false), "outside the context, which has 3"),
+        (&text, read(None, Some((2, 1)), false), "outside the context"),
+        (&text, read(Some(0), None, false), "of a string"),
+        (&chat, read(None, Some((0, 1)), false), "needs \"message\""),
+        (&chat, read(Some(1), None, false), "names message 1, but there are 1"),
+        (&chat, read(Some(0), Some((0, 9)), false), "outside message 0"),
+        (&chat, Read { message: Some(0), start: Some(0), end: None, onwards: false }, "or neither"),
+        (&chat, read(Some(0), Some((1, 1)), false), "selects no token"),
+    ];
+    for (context, read, what) in cases {
+        let error = framer.readable(context, Some(&[read])).unwrap_err().to_string();
+        assert!(error.contains(what), "{error} does not contain {what}");
+    }
+}
+
+#[test]
+fn empty_contexts_are_refused() {
+    let framer = common::gemma();
+    for context in [Context::Text(String::new()), Context::Messages(Vec::new())] {
+        let error = framer.context(&context).unwrap_err().to_string();
+        assert!(error.contains("empty"), "{error}");
+    }
+}
+
+#[test]
+fn unusable_parts_are_refused() {
+    let (tokenizer, template) = (common::read("gemma.json"), common::read("gemma.jinja"));
+    let specials = r#"{"bos_token": "<bos>", "eos_token": "<eos>"}"#;
+    let build = |tokenizer: &str, template: &str, specials: &str, placeholder: &str, date: &str| {
+        Framer::new(tokenizer, template, specials, placeholder, date).err().expect("it must be refused")
+    };
+    let cases: [(Error, &str); 8] = [
+        (build("{}", &template, specials, " ?", "2025-01-01"), "no `model`"),
+        (build(&tokenizer, "{% if %}", specials, " ?", "2025-01-01"), "syntax error"),
+        (
+            build(&tokenizer, "{{ raise_exception('no') }}", specials, " ?", "2025-01-01"),
+            "refuses the conversation: no",
+        ),
+        (build(&tokenizer, "nothing", specials, " ?", "2025-01-01"), "exactly once"),
+        (build(&tokenizer, "{{ messages[0].content | upper }}", specials, " ?", "2025-01-01"), "more than its outer"),
+        (build(&tokenizer, &template, r#"{"bos_token": "two tokens"}"#, " ?", "2025-01-01"), "must be one token"),
+        (build(&tokenizer, &template, specials, " ?!", "2025-01-01"), "choose another"),
+        (build(&tokenizer, &template, specials, " ?", "2025-02-30"), "YYYY-MM-DD"),
+    ];
+    for (error, what) in cases {
+        assert!(error.to_string().contains(what), "{error} does not contain {what}");
+    }
+}
+
+#[test]
+fn the_fingerprint_tells_what_decides_the_ids() {
+    let (tokenizer, template) = (common::read("gemma.json"), common::read("gemma.jinja"));
+    let specials = r#"{"bos_token":"<bos>","eos_token":"<eos>"}"#;
+    let of = |tokenizer: &str, template: &str, date: &str| {
+        Framer::new(tokenizer, template, specials, " ?", date).unwrap().fingerprint().clone()
+    };
+    let own = of(&tokenizer, &template, "2025-01-01");
+    // Layout, truncation and an unused date decide nothing.
+    let mut other: serde_json::Value = serde_json::from_str(&tokenizer).unwrap();
+    other["truncation"] = json!({"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"});
+    assert_eq!(own, of(&serde_json::to_string_pretty(&other).unwrap(), &template, "2026-01-01"));
+    let dated = template.replace("{{- bos_token -}}", "{{- bos_token -}}{{ strftime_now('%d %b %Y') }}");
+    assert_ne!(own["template"], of(&tokenizer, &dated, "2025-01-01")["template"]);
+    assert_eq!(of(&tokenizer, &dated, "2026-01-01")["date"], "2026-01-01");
+}
+
+#[test]
+fn the_date_is_the_one_that_was_given() {
+    let template = Template::new(
+        "{{ strftime_now('%d %b %Y, %A %B %-d, day %j, %m/%y %H:%M%%') }}",
+        &serde_json::Map::new(),
+        "2024-02-29",
+    );
+    assert_eq!(
+        template.unwrap().render(&[], false).unwrap(),
+        "29 Feb 2024, Thursday February 29, day 060, 02/24 00:00%"
+    );
+}
