@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ao.config import ModelConfig
@@ -76,6 +76,8 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
+    # Penalties, suppressed tokens and samplers of a checkpoint would fill whatever an answer's own settings leave open.
+    model.generation_config = GenerationConfig()
     # The backward pass of cuDNN attention returns NaN with an explicit mask on Hopper (torch 2.11 and later).
     torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
