@@ -36,11 +36,14 @@ def like_gemma() -> None:
     """`gemma.json`."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    # Only while training: Gemma has no entry that reaches across a space, and no split either.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     plain = [f"<0x{byte:02X}>" for byte in range(256)]
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special + plain, show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<note>", normalized=True)])
     save(tokenizer, "gemma.json", set(plain))
 

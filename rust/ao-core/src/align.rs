@@ -136,43 +136,48 @@ impl Walk<'_> {
     }
 
     /// Trace `normalized` back to `chunk`, with what the normalizer put in front and without.
-    fn origin(&self, chunk: &str, normalized: &str, base: usize) -> Result<Origin<'static>> {
+    fn origin<'a>(&self, chunk: &'a str, normalized: &str, base: usize) -> Result<Origin<'a>> {
         let probes = &self.tokenizer.probes;
         let prefix = if base == 0 { &probes.first } else { &probes.later };
         if !prefix.is_empty()
             && normalized.starts_with(prefix.as_str())
             && let Some(units) = self.units(chunk, normalized, prefix.len())?
         {
-            return Ok(Origin::Units { units, cursor: 0 });
+            return Ok(Origin::Units { chunk, units, cursor: 0 });
         }
         match self.units(chunk, normalized, 0)? {
-            Some(units) => Ok(Origin::Units { units, cursor: 0 }),
+            Some(units) => Ok(Origin::Units { chunk, units, cursor: 0 }),
             None => Err(Error::tokenizer(format!(
                 "its normalizer changes {chunk:?} in a way that cannot be traced to characters; give no \"read\" spans"
             ))),
         }
     }
 
-    /// Pair the units of `chunk` with their bytes in `normalized[from..]`, or `None` if they do not pair.
+    /// Pair the stretches of `chunk` with their bytes in `normalized[from..]`, or `None` if they do not pair.
     fn units(&self, chunk: &str, normalized: &str, from: usize) -> Result<Option<Vec<Unit>>> {
         let probes = &self.tokenizer.probes;
-        let mut units = Vec::with_capacity(chunk.len() + 1);
+        let mut units = Vec::new();
+        if from > 0 {
+            // What was put in front belongs to the first character, as in Python's alignments.
+            let first = chunk.chars().next().map_or(0, char::len_utf8);
+            units.push(Unit { start: 0, end: from, original: ByteSpan { start: 0, end: first }, same: false });
+        }
         let (mut here, mut there) = (0, from);
-        while let Some(character) = chunk[here..].chars().next() {
-            let wide = character.len_utf8();
-            let rest = &normalized[there..];
-            let (taken, made) = if rest.starts_with(character) {
-                (wide, wide)
-            } else if character == ' ' && !probes.space.is_empty() && rest.starts_with(&probes.space) {
-                (wide, probes.space.len())
+        while here < chunk.len() {
+            let (left, rest) = (&chunk[here..], &normalized[there..]);
+            let equal = common_start(left, rest);
+            let (taken, made) = if equal > 0 {
+                (equal, equal)
+            } else if left.starts_with(' ') && !probes.space.is_empty() && rest.starts_with(&probes.space) {
+                (1, probes.space.len())
             } else {
-                match self.grow_unit(&chunk[here..], rest)? {
+                match self.grow_unit(left, rest)? {
                     Some(pair) => pair,
                     None => return Ok(None),
                 }
             };
-            // What was put in front belongs to the first character, as in Python's alignments.
-            units.push(Unit { end: there + made, original: ByteSpan { start: here, end: here + taken } });
+            let original = ByteSpan { start: here, end: here + taken };
+            units.push(Unit { start: there, end: there + made, original, same: equal > 0 });
             here += taken;
             there += made;
         }
@@ -205,11 +210,19 @@ fn at_boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
 
-/// Normalized bytes up to `end` (and from the previous unit's end) come from `original`.
+/// How many bytes two texts have in common at their start, whole characters.
+fn common_start(a: &str, b: &str) -> usize {
+    let equal = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    at_boundary(a, equal)
+}
+
+/// The normalized bytes `start..end` come from `original`: byte for byte if they are the `same`, else as a whole.
 #[derive(Debug)]
 struct Unit {
+    start: usize,
     end: usize,
     original: ByteSpan,
+    same: bool,
 }
 
 /// A normalized stretch of a text and where its bytes come from.
@@ -229,29 +242,33 @@ impl Traced<'_> {
 enum Origin<'a> {
     /// From the same place of this text.
     Same(&'a str),
-    /// From these units; tokens come in order, so the place of the last one is kept.
-    Units { units: Vec<Unit>, cursor: usize },
+    /// From these units of this text; tokens come in order, so the place of the last one is kept.
+    Units { chunk: &'a str, units: Vec<Unit>, cursor: usize },
 }
 
 impl Origin<'_> {
     /// The original characters of the normalized bytes `start..end`, which is not empty.
     fn of(&mut self, start: usize, end: usize) -> ByteSpan {
         match self {
-            Self::Same(text) => ByteSpan {
-                start: at_boundary(text, start),
-                end: (end..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len()),
-            },
-            Self::Units { units, cursor } => {
+            Self::Same(text) => whole_characters(text, start, end),
+            Self::Units { chunk, units, cursor } => {
                 while units[*cursor].end <= start {
                     *cursor += 1;
                 }
-                let first = units[*cursor].original;
-                let mut last = *cursor;
-                while units[last].end < end {
-                    last += 1;
-                }
-                ByteSpan { start: first.start, end: units[last].original.end }
+                let first = &units[*cursor];
+                let last = units[*cursor..].iter().find(|unit| unit.end >= end).unwrap_or(first);
+                let within = |unit: &Unit, at: usize, whole: usize| {
+                    if unit.same { unit.original.start + at - unit.start } else { whole }
+                };
+                let start = within(first, start, first.original.start);
+                whole_characters(chunk, start, within(last, end, last.original.end))
             }
         }
     }
+}
+
+/// The characters of which `start..end` covers any byte.
+fn whole_characters(text: &str, start: usize, end: usize) -> ByteSpan {
+    let end = (end..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+    ByteSpan { start: at_boundary(text, start), end }
 }

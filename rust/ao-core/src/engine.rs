@@ -1,11 +1,15 @@
-//! The tokenizer engine, with the split patterns that its own reader leaves without a regex.
+//! The tokenizer engine, with another splitter where its own fails or leaves speed lying.
 //!
 //! `tokenizers` 1.0.0-rc.3 splits with hand-written grammars for the common patterns. Its reader of `tokenizer.json`
 //! gives every other pattern (Qwen 3.5's, for one) no engine at all, and encoding fails, although the regex is compiled
-//! in. For such a tokenizer the splitter is built again with its regex, and the pipeline's stages are run from here, in
-//! the order in which the engine runs them; everything else is the engine's own.
+//! in; here such a splitter is built again with its regex. Gemma's tokenizers do not split at all, so that a text is one
+//! merge problem and no word is ever met twice; here it is cut at words where no merge can reach across.
+//! With another splitter the pipeline's stages are run from here, in the engine's order; each is the engine's own.
 
+use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
+
+use serde_json::Value;
 
 use tokenizers::SplitDelimiterBehavior;
 use tokenizers::pipeline::{
@@ -13,7 +17,7 @@ use tokenizers::pipeline::{
     PipelineTokenizer, PreTokenizer, PreTokenizerScratch, Segment, Span, SpecialSegmentIterator, normalize_all,
 };
 use tokenizers::pre_tokenizers::sequence::PipelineSequence;
-use tokenizers::pre_tokenizers::split::{Search, Split};
+use tokenizers::pre_tokenizers::split::{Search, Split, SplitPattern};
 
 use crate::error::{Error, Result};
 
@@ -24,21 +28,33 @@ struct Scratch {
     spans: Vec<Span>,
 }
 
+/// What cuts normalized text into what the model merges.
+enum Splitter {
+    /// The pipeline's own, with its regexes.
+    Regex(PipelinePreTokenizer),
+    /// Before each run of U+2581 that does not follow one of these characters.
+    Words(HashSet<char>),
+}
+
+/// What a space becomes where words are not split off.
+const SPACE: char = '\u{2581}';
+
 /// A tokenizer that encodes and decodes.
 pub(crate) struct Engine {
     pipeline: PipelineTokenizer,
-    /// The splitter with its regexes, where the pipeline's own cannot be used.
-    splitter: Option<PipelinePreTokenizer>,
+    /// What splits instead of the pipeline's own splitter.
+    splitter: Option<Splitter>,
     /// Kept between calls, because the model's word cache lives here.
     pool: Mutex<Vec<Scratch>>,
 }
 
 impl Engine {
-    /// Build from the text of a canonical `tokenizer.json`.
-    pub(crate) fn from_canonical_json(text: &str) -> Result<Self> {
-        let pipeline = tokenizers::from_json(text).map_err(Error::tokenizer)?;
+    /// Build from a canonical `tokenizer.json`.
+    pub(crate) fn from_canonical_json(root: &Value) -> Result<Self> {
+        let pipeline = tokenizers::from_json(&root.to_string()).map_err(Error::tokenizer)?;
         let splitter = match pipeline.get_pre_tokenizer() {
-            own if lacks_regex(own) => Some(with_regex(own)?),
+            own if lacks_regex(own) => Some(Splitter::Regex(with_regex(own)?)),
+            own if splits_nothing(own) => bound_before_space(&root["model"]).map(Splitter::Words),
             _ => None,
         };
         Ok(Self { pipeline, splitter, pool: Mutex::new(Vec::new()) })
@@ -73,7 +89,7 @@ impl Engine {
     /// Added tokens of the raw text, normalizer, added tokens of the normalized text, splitter, model.
     fn encode_with(
         &self,
-        splitter: &PipelinePreTokenizer,
+        splitter: &Splitter,
         text: &str,
         scratch: &mut Scratch,
         out: &mut Vec<PipelineToken>,
@@ -92,10 +108,7 @@ impl Engine {
                 match segment {
                     Segment::SpecialToken(id) => out.push(PipelineToken::from(id)),
                     Segment::Text { text, .. } => {
-                        scratch.spans.clear();
-                        splitter
-                            .pre_tokenize(text, &mut scratch.splitter, &mut scratch.spans)
-                            .map_err(Error::tokenizer)?;
+                        self.split(splitter, text, scratch)?;
                         self.pipeline
                             .get_model()
                             .tokenize_spans(text, &scratch.spans, &mut scratch.model, out)
@@ -105,6 +118,23 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Cut `text`, which is normalized, into `scratch.spans`.
+    fn split(&self, splitter: &Splitter, text: &str, scratch: &mut Scratch) -> Result<()> {
+        if u32::try_from(text.len()).is_err() {
+            return Err(Error::input(format!("a text of {} bytes is longer than the tokenizer can take", text.len())));
+        }
+        scratch.spans.clear();
+        let regular = match splitter {
+            Splitter::Words(bound) if !text.contains(' ') => {
+                words(text, bound, &mut scratch.spans);
+                return Ok(());
+            }
+            Splitter::Words(_) => self.pipeline.get_pre_tokenizer(),
+            Splitter::Regex(splitter) => splitter,
+        };
+        regular.pre_tokenize(text, &mut scratch.splitter, &mut scratch.spans).map_err(Error::tokenizer)
     }
 
     /// What the model sees of `chunk`, which begins at byte `offset` of its text.
@@ -151,4 +181,48 @@ fn with_regex(splitter: &PipelinePreTokenizer) -> Result<PipelinePreTokenizer> {
         }
         other => Ok(other.clone()),
     }
+}
+
+/// Whether a splitter leaves a text without a space in one piece.
+fn splits_nothing(splitter: &PipelinePreTokenizer) -> bool {
+    match splitter {
+        PipelinePreTokenizer::None => true,
+        PipelinePreTokenizer::Split(split) => {
+            matches!(&split.pattern, SplitPattern::String(pattern) if pattern == " ") && !split.invert
+        }
+        _ => false,
+    }
+}
+
+/// The characters that some entry has right before a U+2581, or `None` if the model does not merge plain characters.
+///
+/// A merge makes an entry, so no merge joins another character with a U+2581 behind it: there the text can be cut and
+/// the pieces merged alone, with the same result.
+fn bound_before_space(model: &Value) -> Option<HashSet<char>> {
+    let absent = |key: &str| matches!(&model[key], Value::Null | Value::Bool(false));
+    let plain = model["type"] == "BPE"
+        && ["byte_level", "ignore_merges", "dropout"].into_iter().all(absent)
+        && ["continuing_subword_prefix", "end_of_word_suffix"]
+            .into_iter()
+            .all(|key| model[key].as_str().is_none_or(str::is_empty));
+    let vocabulary = model["vocab"].as_object().filter(|vocabulary| plain && vocabulary.contains_key("\u{2581}"))?;
+    let mut bound = HashSet::new();
+    for entry in vocabulary.keys() {
+        let before = entry.chars().zip(entry.chars().skip(1)).filter(|&(_, after)| after == SPACE);
+        bound.extend(before.map(|(before, _)| before).filter(|&before| before != SPACE));
+    }
+    Some(bound)
+}
+
+/// Cut before each run of U+2581, except behind a character of `bound`.
+fn words(text: &str, bound: &HashSet<char>, spans: &mut Vec<Span>) {
+    let mut start = 0;
+    for (at, _) in text.match_indices(SPACE) {
+        let before = text[..at].chars().next_back();
+        if before.is_some_and(|before| before != SPACE && !bound.contains(&before)) {
+            spans.push(Span::new(start as u32, at as u32));
+            start = at;
+        }
+    }
+    spans.push(Span::new(start as u32, text.len() as u32));
 }

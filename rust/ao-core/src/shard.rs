@@ -3,7 +3,7 @@
 //! A shard stands alone. Contexts are stored once, and one that is the beginning of another is not stored at all: it
 //! refers to the longer one and has its own length. `layout` reads what is written here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -105,9 +105,8 @@ pub fn encode(datapoints: &[Datapoint], fingerprints: &Value) -> Result<Vec<u8>>
 
 /// The names of the sources, sorted; a shard numbers them with a byte.
 fn sources_of(datapoints: &[Datapoint]) -> Result<Vec<&str>> {
-    let mut sources: Vec<&str> = datapoints.iter().map(|datapoint| &*datapoint.source).collect();
-    sources.sort_unstable();
-    sources.dedup();
+    let distinct: BTreeSet<&str> = datapoints.iter().map(|datapoint| &*datapoint.source).collect();
+    let sources: Vec<&str> = distinct.into_iter().collect();
     if sources.len() > 256 {
         return Err(Error::input(format!("a shard has {} sources, at most 256 fit", sources.len())));
     }

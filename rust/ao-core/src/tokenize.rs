@@ -3,6 +3,7 @@
 //! The engine gives ids only. Spans are derived in `align` and proved there: the tokens' own bytes must spell the text.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
@@ -34,7 +35,7 @@ impl Tokenizer {
         let mut root: Value = serde_json::from_str(text).map_err(Error::tokenizer)?;
         let fingerprint = fingerprint(&root);
         tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
-        let engine = Engine::from_canonical_json(&root.to_string())?;
+        let engine = Engine::from_canonical_json(&root)?;
         let mut added = HashMap::new();
         let mut special = Vec::new();
         for token in root["added_tokens"].as_array().into_iter().flatten() {
@@ -112,6 +113,8 @@ pub(crate) struct Surfaces {
     bytes: Vec<u8>,
     /// The byte that an id stands for where the model falls back to bytes.
     fallback: HashMap<i32, u8>,
+    /// The ids between which those lie, to pass the others by quickly.
+    fallback_ids: RangeInclusive<i32>,
     /// The id that stands for one character that the model does not know.
     unknown: Option<i32>,
     /// Why no spans can be told, where that is so.
@@ -128,6 +131,7 @@ impl Surfaces {
             ends: Vec::with_capacity(entries.len()),
             bytes: Vec::new(),
             fallback: HashMap::new(),
+            fallback_ids: -1..=-1,
             unknown: unknown(model),
             refused: refusal(model),
         };
@@ -146,6 +150,9 @@ impl Surfaces {
                 surfaces.fallback.insert(id as i32, byte);
             }
         }
+        if let (Some(&first), Some(&last)) = (surfaces.fallback.keys().min(), surfaces.fallback.keys().max()) {
+            surfaces.fallback_ids = first..=last;
+        }
         Ok(surfaces)
     }
 
@@ -160,7 +167,7 @@ impl Surfaces {
     /// How many bytes of `text` from byte `at` the token `id` spells, or `None` if it does not.
     pub(crate) fn length_at(&self, id: i32, text: &str, at: usize) -> Option<usize> {
         let rest = &text.as_bytes()[at..];
-        if !self.fallback.is_empty() && self.fallback.get(&id) == rest.first() {
+        if self.fallback_ids.contains(&id) && self.fallback.get(&id) == rest.first() {
             return Some(1);
         }
         if self.unknown == Some(id) {

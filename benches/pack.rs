@@ -1,0 +1,192 @@
+//! What packing costs, stage by stage, on text that repeats as little as prose does. Each bench checks its result before
+//! it is timed; throughput is per token, example or datapoint.
+
+#![allow(missing_docs, reason = "criterion's macros make public items")]
+
+use std::fmt::Write as _;
+use std::hint::black_box;
+use std::path::Path;
+use std::time::Duration;
+
+use ao_core::example::Context;
+use ao_core::frame::Framer;
+use ao_core::pack::PackWriter;
+use ao_core::plan::{PlanSettings, plan};
+use ao_core::sample::Draws;
+use ao_core::{layout, shard};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use serde_json::{Value, json};
+
+const WORDS: [&str; 24] = [
+    "the",
+    "weather",
+    "in",
+    "Paris",
+    "is",
+    "fine",
+    "today",
+    "you",
+    "are",
+    "a",
+    "helpful",
+    "assistant",
+    "who",
+    "likes",
+    "sea",
+    "kind",
+    "user",
+    "model",
+    "tokens",
+    "before",
+    "after",
+    "predict",
+    "na\u{ef}ve",
+    "0123",
+];
+const EXAMPLES: usize = 2000;
+
+fn golden(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name);
+    std::fs::read_to_string(path).expect("the golden files are in the repository")
+}
+
+fn framers() -> [(&'static str, Framer); 2] {
+    let build = |name: &str, specials: Value| {
+        let (tokenizer, template) = (golden(&format!("{name}.json")), golden(&format!("{name}.jinja")));
+        Framer::new(&tokenizer, &template, &specials.to_string(), " ?", "2025-01-01").expect("the golden files fit")
+    };
+    [
+        ("gemma", build("gemma", json!({"bos_token": "<bos>", "eos_token": "<eos>"}))),
+        ("qwen", build("qwen", json!({"eos_token": "<|im_end|>"}))),
+    ]
+}
+
+/// Words in random order, about one token each.
+fn prose(draws: &mut Draws, words: usize) -> String {
+    let mut text = String::new();
+    for _ in 0..words {
+        let word = WORDS[draws.between(0, WORDS.len() - 1)];
+        write!(text, "{word} ").expect("a string accepts every write");
+    }
+    text
+}
+
+/// A third each of chats with spans, chats read whole, and texts for context prediction; three questions a context.
+fn examples() -> (Vec<u8>, Vec<u8>) {
+    let mut draws = Draws::new(0, "bench", "text");
+    let mut records = Vec::new();
+    let mut texts = Vec::new();
+    for at in 0..EXAMPLES / 3 {
+        let (system, user) = (prose(&mut draws, 40), prose(&mut draws, 30));
+        let context = json!([{"role": "system", "content": system}, {"role": "user", "content": user}]);
+        for (number, read) in [json!([{"message": 1, "start": 3, "end": 60}]), Value::Null].into_iter().enumerate() {
+            let example = json!({
+                "id": format!("r{at}.{number}"), "context": context, "read": read,
+                "question": prose(&mut draws, 12), "answer": "Yes",
+            });
+            records.extend(format!("{example}\n").into_bytes());
+        }
+        let example = json!({"id": format!("t{at}"), "context": prose(&mut draws, 120)});
+        texts.extend(format!("{example}\n").into_bytes());
+    }
+    (records, texts)
+}
+
+fn pack_into(folder: &Path, framer: &Framer, (records, texts): &(Vec<u8>, Vec<u8>)) -> Value {
+    let settings = json!({
+        "seed": 0, "num_layers": 48, "read_layers": [12, 24, 36], "layers_per_example": "one",
+        "max_input_tokens": 4096, "max_context_tokens": 4096,
+    });
+    let reads = json!([{"share": 0.4, "all": true}, {"share": 0.6, "window": [1, 3], "before_end": [0, 9]}]);
+    let mut writer = PackWriter::new(folder, framer, &settings.to_string()).expect("the settings are sound");
+    for (source, lines) in [
+        (json!({"name": "records", "kind": "records", "reads": reads}), records),
+        (json!({"name": "texts", "kind": "context_prediction"}), texts),
+    ] {
+        writer.add(framer, &source.to_string(), lines).expect("the examples are sound");
+    }
+    serde_json::from_str(&writer.finish().expect("the folder can be written")).expect("the manifest is JSON")
+}
+
+fn tokenize(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("tokenize");
+    let text = prose(&mut Draws::new(1, "bench", "text"), 2000);
+    for (name, framer) in framers() {
+        let ids = framer.tokenizer().encode(&text).expect("the text is plain");
+        assert_eq!(framer.tokenizer().decode(&ids).expect("the ids are its own"), text);
+        group.throughput(Throughput::Elements(ids.len() as u64));
+        group.bench_function(format!("{name}/ids"), |bench| {
+            bench.iter(|| framer.tokenizer().encode(black_box(&text)));
+        });
+        group.bench_function(format!("{name}/spans"), |bench| {
+            bench.iter(|| framer.tokenizer().spans(black_box(&text), &ids));
+        });
+    }
+}
+
+fn frame(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("frame");
+    group.throughput(Throughput::Elements(1));
+    for (name, framer) in framers() {
+        let chat =
+            json!([{"role": "system", "content": "You are kind."}, {"role": "user", "content": "Is the sea fine?"}]);
+        let chat: Context = serde_json::from_value(chat).expect("it is a conversation");
+        let framed = framer.prompt(&[24], 16, "What is the model thinking about?").expect("the prompt fits");
+        assert_eq!(framed.placeholders.len(), 16);
+        group.bench_function(format!("{name}/prompt"), |bench| {
+            bench.iter(|| framer.prompt(black_box(&[24]), 16, "What is the model thinking about?"));
+        });
+        group.bench_function(format!("{name}/context"), |bench| {
+            bench.iter(|| framer.context(black_box(&chat)));
+        });
+    }
+}
+
+fn pack(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("pack");
+    group.sample_size(10).throughput(Throughput::Elements((EXAMPLES / 3 * 3) as u64));
+    let examples = examples();
+    for (name, framer) in framers() {
+        group.bench_function(format!("{name}/examples"), |bench| {
+            bench.iter_batched(
+                || tempfile::tempdir().expect("a temporary folder"),
+                |folder| {
+                    let manifest = pack_into(folder.path(), &framer, &examples);
+                    assert!(manifest["counts"]["examples"].as_u64().is_some_and(|kept| kept > 1900));
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+}
+
+fn order(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("plan");
+    let count = 100_000;
+    let lengths: Vec<i32> = (0..count).map(|at| 40 + at * 7919 % 300).collect();
+    let groups: Vec<i64> = (0..i64::from(count)).map(|at| at / 6).collect();
+    let settings = PlanSettings { examples_per_step: 16, window: 64, ranks: 4, seed: 0, epoch: 0 };
+    group.sample_size(20).throughput(Throughput::Elements(count as u64));
+    group.bench_function("datapoints", |bench| {
+        bench.iter(|| plan(black_box(&lengths), &lengths, &groups, settings).expect("the arguments are sound"));
+    });
+}
+
+fn open(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("shard");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [(_, framer), _] = framers();
+    pack_into(folder.path(), &framer, &examples());
+    let path = folder.path().join("shard-00000.safetensors");
+    let datapoints = layout::decode(&path).expect("the shard is whole");
+    group.throughput(Throughput::Elements(datapoints.len() as u64));
+    group.bench_function("open", |bench| bench.iter(|| layout::layout(black_box(&path)).expect("it is whole")));
+    group.bench_function("encode", |bench| bench.iter(|| shard::encode(black_box(&datapoints), &Value::Null)));
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(3));
+    targets = tokenize, frame, pack, order, open
+}
+criterion_main!(benches);
