@@ -6,14 +6,17 @@ schema records stands under `ao`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ao.injection import RULES
+from ao.manifest import read_manifest
+
 SCHEMA = 1
 FILE = "ao_config.json"
+PLACEHOLDER = " ?"
 PREFIX_TEMPLATE = "Layer: {layer}\n{special_token} * {num_positions} \n"
 """The one prompt prefix that this package writes and reads, in the published notation."""
 
@@ -32,7 +35,7 @@ class OracleConfig:
     """Coefficient c."""
     rescale: float = 2.0
     """Final norm s of `rescaled_add`."""
-    placeholder: str = " ?"
+    placeholder: str = PLACEHOLDER
     """Placeholder text, one token."""
     layer_combinations: tuple[tuple[int, ...], ...]
     """Layers that one prompt showed in training, as absolute indices."""
@@ -61,7 +64,8 @@ class OracleConfig:
             "model_name": self.model,
             "hook_onto_layer": self.injection_layer,
             "layer_combinations": [
-                [round(100 * layer / self.num_layers) for layer in combination]
+                # Rounded up, so that int(num_layers * percent / 100) is the layer again.
+                [-(-100 * layer // self.num_layers) for layer in combination]
                 for combination in self.layer_combinations
             ],
             "act_layer_combinations": [list(combination) for combination in self.layer_combinations],
@@ -100,22 +104,34 @@ class OracleConfig:
             raise ValueError(
                 f"{origin}: prefix_template: expected {PREFIX_TEMPLATE!r}, got {prefix!r}; such prompts are not supported"
             )
+        placeholder = values.get("special_token", PLACEHOLDER)
+        if placeholder != PLACEHOLDER:
+            raise ValueError(
+                f"{origin}: special_token: expected {PLACEHOLDER!r}, got {placeholder!r}; other placeholders are not supported"
+            )
+        for key in ("model_name", "hook_onto_layer", "layer_combinations"):
+            if key not in values:
+                raise ValueError(f"{origin} lacks {key!r}; without it the adapter cannot be asked as it was trained")
         ours = values.get("ao", {})
         if injection is None:
             # Schema 1 has a steering coefficient only in the code base whose rule is this one.
             injection = ours.get("injection") or ("norm_matched_add" if "steering_coefficient" in values else None)
         if injection is None:
             raise ValueError(f'{origin}: records no injection rule; say injection="norm_matched_add" or "replace"')
+        if injection not in RULES:
+            raise ValueError(f"{origin}: injection: expected one of {', '.join(RULES)}, got {injection!r}")
         combinations = values.get("act_layer_combinations") or [
             [int(num_layers * percent / 100) for percent in combination] for combination in values["layer_combinations"]
         ]
+        if not combinations or not all(combinations):
+            raise ValueError(f"{origin}: layer_combinations: expected at least one, of layers each, got {combinations}")
         config = cls(
             model=values["model_name"],
             injection=injection,
             injection_layer=values["hook_onto_layer"],
             injection_scale=values.get("steering_coefficient", 1.0),
             rescale=ours.get("rescale", 2.0),
-            placeholder=values.get("special_token", " ?"),
+            placeholder=placeholder,
             layer_combinations=tuple(tuple(combination) for combination in combinations),
             num_layers=num_layers,
             framing=ours.get("framing", {}),
@@ -142,6 +158,4 @@ def read_config(folder: str | Path, *, num_layers: int, injection: str | None = 
         raise FileNotFoundError(
             f"{path}: the adapter does not say how it wants to be asked; add an {FILE} (docs/design.md, Adapter)"
         )
-    return OracleConfig.from_json(
-        json.loads(path.read_text(encoding="utf-8")), num_layers=num_layers, injection=injection, origin=str(path)
-    )
+    return OracleConfig.from_json(read_manifest(path), num_layers=num_layers, injection=injection, origin=str(path))

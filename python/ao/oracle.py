@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from ao.checkpoint import OracleConfig, read_config
 from ao.config import ModelConfig
 from ao.decode import OraclePrompt
 from ao.injection import Injector, check_vectors
+from ao.manifest import require_match
 from ao.models import arch as archs
-from ao.models.adapters import adapter_folder, as_oracle, as_target, load_adapter
+from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import fuse_norms, load_model
-from ao.prompt import framer, resolve_layer
+from ao.prompt import adapter_folder, framer, resolve_layer, special_ids
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
 
@@ -47,22 +48,23 @@ class Activations:
     """Index of each token in the context, [T]."""
     context_ids: np.ndarray
     """The whole context."""
-    tokens: tuple[str, ...]
-    """Text of each token."""
+    context_text: str
+    """The whole context as text, turn marks included."""
+    spans: np.ndarray
+    """Code points of `context_text` that each token covers, [T, 2]; tokens that share a character all cover it."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.positions)
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Activations:
-        chosen = np.arange(len(self))[which]
-        chosen = np.atleast_1d(chosen)
+        chosen = np.atleast_1d(np.arange(len(self))[which]).copy()
         if len(chosen) == 0:
             raise IndexError(f"no token left: {which} of {len(self)} tokens")
         return replace(
             self,
             values=self.values[torch.from_numpy(chosen)],
             positions=self.positions[chosen],
-            tokens=tuple(self.tokens[index] for index in chosen),
+            spans=self.spans[chosen],
         )
 
     def at(self, layer: int) -> torch.Tensor:
@@ -72,9 +74,18 @@ class Activations:
         return self.values[:, self.layers.index(layer)]
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """Text of each token."""
+        return tuple(self.context_text[start:stop] for start, stop in self.spans)
+
+    @property
     def text(self) -> str:
-        """The tokens as text."""
-        return "".join(self.tokens)
+        """The tokens as text; a character that neighbours share stands there once."""
+        pieces, (last, end) = [], (0, 0)
+        for start, stop in self.spans.tolist():
+            pieces.append(self.context_text[end if last <= start < end else start : stop])
+            last, end = start, stop
+        return "".join(pieces)
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,11 @@ class Oracle:
         target: Any,
         config: OracleConfig,
         framer: _ao.Framer,
+        special_ids: np.ndarray,
     ) -> None:
         self.config = config
         self.framer = framer
+        self.special_ids = special_ids
         self.model = model
         self.target = target
         self.arch = archs.find(model)
@@ -159,21 +172,29 @@ class Oracle:
         model_config = ModelConfig(name=base, revision=revision, target=target, precision=precision, device=device)
         model = load_model(model_config)
         target_model = load_model(model_config, which="target") if target else model
-        fuse_norms(model)
         arch = archs.find(model)
         folder = adapter_folder(adapter)
         config = read_config(folder, num_layers=arch.num_layers, injection=injection)
         text = framer(base, revision)
-        for key, value in config.framing.items():
-            if text.fingerprint.get(key) != value:
-                raise ValueError(
-                    f"{folder}: {key}: trained with {value[:16]}, the loaded base has {text.fingerprint.get(key, 'none')[:16]}; "
-                    f"load the base {config.model!r}"
-                )
+        require_match(
+            f"{folder}: trained with",
+            expected=config.framing,
+            got={key: text.fingerprint.get(key, "none") for key in config.framing},
+            remedy=f"load the base {config.model!r}",
+        )
+        if target is not None:
+            require_match(
+                f"target {target!r}: the base has",
+                expected=text.fingerprint,
+                got=framer(target).fingerprint,
+                remedy="contexts are framed as the base's, so both must be of one family",
+            )
+        check = _ids(text.context(json.dumps("A check of the loaded model.")).ids)
+        for each in {id(model): model, id(target_model): target_model}.values():
+            fuse_norms(each)
+            check_model(each, archs.find(each), [check])
         load_adapter(model, folder)
-        oracle = cls(model=model, target=target_model, config=config, framer=text)
-        check_model(model, arch, [_ids(text.context(json.dumps("A check of the loaded model.")).ids)])
-        return oracle
+        return cls(model=model, target=target_model, config=config, framer=text, special_ids=special_ids(model_config))
 
     def read(
         self,
@@ -196,17 +217,22 @@ class Oracle:
             if layers is None
             else tuple(resolve_layer(layer, self.arch.num_layers) for layer in layers)
         )
-        where = np.arange(len(ids))[np.asarray(positions)] if positions is not None else np.arange(len(ids))
+        where = np.arange(len(ids))
+        if positions is not None:
+            where = where[np.asarray(positions, dtype=np.int64)]
+        if len(where) == 0 or len(chosen) == 0:
+            raise ValueError(
+                f"nothing to read: got {len(where)} positions and {len(chosen)} layers, expected some of each"
+            )
         read = Read(ids, np.tile(np.array(chosen), len(where)), np.repeat(where, len(chosen)))
         values = self.read_vectors([read])[0].view(len(where), len(chosen), -1)
-        spans = np.asarray(framed.token_spans).reshape(-1, 2)
-        text = framed.text.encode()
         return Activations(
             values=values,
             layers=chosen,
             positions=where,
             context_ids=ids,
-            tokens=tuple(text[spans[index, 0] : spans[index, 1]].decode(errors="replace") for index in where),
+            context_text=framed.text,
+            spans=np.asarray(framed.char_spans).reshape(-1, 2)[where],
         )
 
     @overload
@@ -237,12 +263,14 @@ class Oracle:
             choices: restrict the answer to these; gives probabilities and a confidence.
             layer: index or depth; the adapter's default without one; "all" for an answer each.
             control: the same question beside it: "no_activation" leaves the hook off, "text" shows the tokens as text
-                instead, "shuffled" injects the activations of `other`; None asks no control.
+                instead, special ones left out, "shuffled" injects the activations of `other`; None asks no control.
             other: another context's activations, for the shuffled control.
             samples: draw this many answers; the most frequent one counts, its share is the confidence.
             temperature: of the samples.
             max_new_tokens: longest generated answer.
         """
+        if control is not None and control not in get_args(Control):
+            raise ValueError(f"control: expected {', '.join(get_args(Control))} or None, got {control!r}")
         if layer == "all":
             layers = activations.layers
         elif layer is None:
@@ -257,10 +285,12 @@ class Oracle:
         answers = self._answer(prompts, layers, choices, samples, temperature, max_new_tokens)
         if control is None:
             return answers if layer == "all" else answers[0]
+        ids = activations.context_ids[activations.positions]
+        shown = self.framer.decode(ids[~np.isin(ids, self.special_ids)].astype(np.int32))
         beside = []
         for each, prompt in zip(layers, prompts, strict=True):
             if control == "text":
-                beside.append(self._prompt(f"{activations.text}\n{question}", each, None, num=len(activations)))
+                beside.append(self._prompt(f"{shown}\n{question}", each, None, num=len(activations)))
             elif control == "shuffled" and other is not None:
                 beside.append(replace(prompt, vectors_KD=spread(other.at(each), len(activations))))
             else:

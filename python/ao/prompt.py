@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ao._ao import Framer
 from ao.config import ModelConfig
 from ao.manifest import fingerprint, model_fingerprint, read_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_QUESTION = "What is the model thinking about?"
 """Asked where no question is given."""
@@ -144,6 +147,18 @@ def _template(name: str, folder: Path, settings: dict[str, Any]) -> str:
             "an oracle is asked in chat turns: use the instruction-tuned model, or add a template"
         )
     return template
+
+
+def special_ids(model: ModelConfig) -> np.ndarray:
+    """Ids of a model's special tokens, those that mark turns among them; sorted.
+
+    The controls that show text leave them out: inside a question they would end the user's turn, and a control that
+    stumbles over that makes the oracle look good.
+    """
+    import numpy as np
+
+    tokenizer = read_manifest(model_folder(model.name, model.revision) / "tokenizer.json")
+    return np.array(sorted(token["id"] for token in tokenizer["added_tokens"] if token["special"]), dtype=np.int32)
 
 
 def num_layers(name: str, revision: str | None = None) -> int:

@@ -6,10 +6,19 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from ao.checkpoint import OracleConfig
+from ao.config import ModelConfig
+from ao.models import arch as archs
+from ao.models.adapters import add_adapter, save_adapter
+from ao.models.load import load_model
+from ao.prompt import framer
 
 SMALL = {
     "vocab_size": 97,
@@ -80,3 +89,28 @@ def rng() -> np.random.Generator:
 
 def sequences(rng: np.random.Generator, lengths: list[int]) -> list[np.ndarray]:
     return [rng.integers(3, 97, size=length) for length in lengths]
+
+
+def save_demo_adapter(folder: Path, *, seed: int = 0, **contract: object) -> Path:
+    """An adapter of the embedded model with random weights, as training leaves one; `contract` changes its settings."""
+    model = load_model(ModelConfig(name="demo", precision="fp32", device="cpu"))
+    torch.manual_seed(seed)
+    peft = add_adapter(model, rank=4, alpha=8, dropout=0.0)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    settings = {
+        "model": "demo",
+        "injection": "norm_matched_add",
+        "injection_layer": 1,
+        "layer_combinations": ((1,), (3,), (4,)),
+        "num_layers": archs.find(model).num_layers,
+        "framing": framer("demo").fingerprint,
+    }
+    save_adapter(peft, folder, base="demo", ao_config=OracleConfig(**{**settings, **contract}).to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_demo_adapter(tmp_path_factory.mktemp("adapters") / "random")

@@ -7,7 +7,8 @@ import torch
 import tiny
 from ao.config import ModelConfig
 from ao.eval.controls import CONDITIONS, CONTROLS, condition, derangement, fitted
-from ao.eval.tasks import Item, choices_of, draw, special_ids
+from ao.eval.tasks import Item, choices_of, draw
+from ao.prompt import special_ids
 from ao.residuals import Read
 
 D_MODEL = 2

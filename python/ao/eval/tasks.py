@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ao.config import DataConfig, ModelConfig, Recipe, TaskConfig
-from ao.manifest import read_manifest
+from ao.config import DataConfig, Recipe, TaskConfig
 from ao.pack import pack
-from ao.prompt import model_folder
+from ao.prompt import special_ids
 from ao.shards import Datapoint, PackedDataset
 
 if TYPE_CHECKING:
@@ -131,16 +130,6 @@ def choices_of(answers: Mapping[str, set[str]], task: str) -> dict[str, tuple[st
 
 def _key(seed: int, id_: str) -> bytes:
     return blake2b(f"{seed} eval draw {id_}".encode(), digest_size=16).digest()
-
-
-def special_ids(model: ModelConfig) -> np.ndarray:
-    """Ids of a model's special tokens, those that mark turns among them; sorted.
-
-    The controls that show text leave them out: inside a question they would end the user's turn, and a control that
-    stumbles over that makes the oracle look good.
-    """
-    tokenizer = read_manifest(model_folder(model.name, model.revision) / "tokenizer.json")
-    return np.array(sorted(token["id"] for token in tokenizer["added_tokens"] if token["special"]), dtype=np.int32)
 
 
 def _item(datapoint: Datapoint, framer: Framer, special: np.ndarray, task: str) -> Item:

@@ -8,17 +8,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 from transformers import PreTrainedModel
 
-from ao.manifest import canonical_json, write_atomic
+from ao.manifest import canonical_json, read_manifest, write_atomic
 from ao.models import arch
 
 NAME = "oracle"
@@ -44,7 +45,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
         ValueError: a key fits no block, a tensor is left over or missing, or every B is zero (such an adapter does nothing).
     """
     folder = Path(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_manifest(folder / "adapter_config.json")
+    if absent := {"r", "lora_alpha"} - set(settings):
+        raise ValueError(
+            f"{folder}: adapter_config.json lacks {sorted(absent)}; only LoRA adapters of PEFT are supported"
+        )
     if settings.get("modules_to_save"):
         raise ValueError(
             f"{folder}: trains whole modules {settings['modules_to_save']}; only LoRA adapters are supported"
@@ -52,7 +57,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
     path = arch.find(model).layers_path
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, int] = {}
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with _opened(folder / "adapter_model.safetensors") as file:
         for key in sorted(file.keys()):
             if any(tower in key for tower in arch.OTHER_TOWERS):
                 continue  # an "all-linear" adapter of a multimodal base; the text path never calls those
@@ -90,26 +95,6 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
         if parameter.requires_grad:
             parameter.requires_grad_(trainable)
     return peft
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter; one on the Hub is downloaded.
-
-    Raises:
-        FileNotFoundError: neither a folder nor within reach on the Hub.
-    """
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(adapter), allow_patterns=["adapter_*", "ao_config.json"]))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"adapter {str(adapter)!r}: no such folder, and not within reach on the Hub ({type(error).__name__}); "
-            "train one with `ao train`, or give its folder"
-        ) from None
 
 
 def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: dict[str, object]) -> None:
@@ -175,6 +160,13 @@ def as_oracle(model: nn.Module, *, adapter: bool = True) -> Iterator[None]:
     if any(layer.disable_adapters or list(layer.active_adapters) != [NAME] for layer in layers):
         raise RuntimeError(f"the adapter {NAME!r} is not the one active adapter on every layer")
     yield
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, not a whole safetensors file: {error}; copy or train it again") from None
 
 
 def _lora_layers(model: nn.Module) -> list[LoraLayer]:
