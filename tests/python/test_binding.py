@@ -1,0 +1,154 @@
+"""The extension's face: buffers, errors, packs, plans, threads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ao._ao import AoError, Framer, PackWriter, plan, shard_layout, shard_metadata, verify_shard, write_atomic
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden_framer(name: str = "gemma") -> Framer:
+    special_tokens = {"gemma": {"bos_token": "<bos>", "eos_token": "<eos>"}, "qwen": {"eos_token": "<|im_end|>"}}
+    tokenizer, template = (GOLDEN / f"{name}.json").read_text(), (GOLDEN / f"{name}.jinja").read_text()
+    return Framer(tokenizer, template, json.dumps(special_tokens[name]))
+
+
+def settings(**changes: Any) -> str:
+    base = {"seed": 0, "num_layers": 4, "read_layers": [1, 2], "layers_per_example": "together"}
+    return json.dumps({**base, "max_input_tokens": 500, "max_context_tokens": 500, **changes})
+
+
+def test_buffers_are_numpy_arrays_without_a_copy() -> None:
+    framer = golden_framer()
+    prompt = framer.prompt((1, 2), 3, "Is it?")
+    ids, placeholders = np.asarray(prompt.ids), np.asarray(prompt.placeholders)
+    assert ids.dtype == placeholders.dtype == np.int32
+    assert ids[placeholders].tolist() == [framer.placeholder_id] * 6
+    assert not ids.flags.owndata
+    assert not ids.flags.writeable
+    assert framer.decode(ids) == framer.decode(ids.tolist()) == prompt.text
+    assert np.asarray(framer.context('"a b"').token_spans).shape[1] == 2
+    assert framer.encode("").tolist() == []
+
+
+def test_a_pack_is_written_and_read(tmp_path: Path) -> None:
+    framer = golden_framer("qwen")
+    writer = PackWriter(tmp_path / "packed", framer, settings())
+    examples = [{"id": f"e{i}", "context": f"the sea {i}", "question": "Is it?", "answer": "Yes"} for i in range(5)]
+    lines = "\n".join(json.dumps(example) for example in examples).encode()
+    counts = writer.add('{"name": "s", "kind": "records"}', lines)
+    assert counts["examples"] == counts["datapoints"] == 5
+    assert counts["drops"] == {}
+    manifest = json.loads(writer.finish())
+    [shard] = manifest["shards"]
+    path = tmp_path / "packed" / shard["file"]
+    verify_shard(path, shard["sha256"])
+    described = json.loads(shard_metadata(path))
+    assert described["sources"] == ["s"]
+    arrays = {}
+    for name, dtype, shape, offset in shard_layout(path):
+        kind = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}[dtype]
+        arrays[name] = np.memmap(path, dtype=kind, mode="r", offset=offset, shape=shape)
+    start, end = arrays["input_offsets"][:2]
+    ids = arrays["input_ids"][start:end]
+    assert framer.decode(ids[arrays["answer_start"][0] :]) == "Yes<|im_end|>"
+    assert set(ids[arrays["placeholders"][: arrays["placeholder_offsets"][1]]]) == {framer.placeholder_id}
+
+
+def test_errors_are_ours_and_builtin_where_they_mean_the_same(tmp_path: Path) -> None:
+    assert issubclass(AoError, ValueError)
+    for missing in (shard_layout, shard_metadata):
+        with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+            missing(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "none" / "file", b"")
+    with pytest.raises(OSError, match="renaming into place"):
+        write_atomic(tmp_path, b"")
+    (tmp_path / "short").write_bytes(b"abc")
+    with pytest.raises(AoError, match="short: not a shard: it has 3 bytes"):
+        shard_layout(tmp_path / "short")
+    writer = PackWriter(tmp_path / "p", golden_framer(), settings())
+    with pytest.raises(AoError, match='source "s", example "x": the answer is empty'):
+        writer.add('{"name": "s", "kind": "records"}', b'{"id": "x", "context": "a", "question": "q", "answer": ""}')
+    with pytest.raises(AoError, match="stopped at an error"):
+        writer.finish()
+    assert list((tmp_path / "p").iterdir()) == []
+    with pytest.raises(AoError, match="not a token id"):
+        golden_framer().decode([-1])
+    with pytest.raises(AoError, match="the context is not what it should be"):
+        golden_framer().context("{}")
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "f", b"one")
+    write_atomic(str(tmp_path / "f"), b"two")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"two"
+
+
+def test_a_plan_orders_an_epoch() -> None:
+    lengths = np.arange(10, 510, dtype=np.int32)
+    groups = np.arange(500, dtype=np.int64) // 5
+    arguments = {"examples_per_step": 8, "window": 10, "seed": 1, "epoch": 0}
+    order, rank = (np.asarray(a) for a in plan(lengths, lengths, groups, ranks=2, **arguments))
+    assert order.dtype == rank.dtype == np.int32
+    assert len(order) == len(rank) == 496
+    assert len(set(order.tolist())) == 496
+    alone, _ = plan(lengths, lengths, groups, ranks=1, **arguments)
+    assert alone.tolist() == order.tolist()
+    window_of = np.full(500, -1)
+    window_of[order] = np.arange(496) // 80
+    divided = [group for group in range(100) if len(set(window_of[groups == group]) - {-1}) > 1]
+    assert divided == []
+    with pytest.raises(AoError, match="equally long"):
+        plan(lengths, lengths, groups[:3], ranks=1, **arguments)
+    with pytest.raises((TypeError, BufferError)):
+        plan(lengths.astype(np.int64), lengths, groups, ranks=1, **arguments)
+
+
+def test_one_framer_serves_many_threads() -> None:
+    framer = golden_framer()
+    expected = [framer.prompt([1], 1 + at % 7, f"question {at}").ids.tolist() for at in range(200)]
+    found: list[list[list[int]]] = []
+
+    def work() -> None:
+        found.append([framer.prompt([1], 1 + at % 7, f"question {at}").ids.tolist() for at in range(200)])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from test_binding import golden_framer, settings
+from ao._ao import PackWriter
+writer = PackWriter(sys.argv[1], golden_framer(), settings(layers_per_example="one"))
+lines = [json.dumps({"id": str(i), "context": "the sea is fine " * (1 + i % 9)}) for i in range(5000)]
+writer.add('{"name": "t", "kind": "context_prediction"}', "\\n".join(lines).encode())
+writer.finish()
+"""
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
+    written = []
+    for threads in ("1", "2", "4"):
+        folder = tmp_path / threads
+        command = [sys.executable, "-c", PROGRAM, str(folder), str(Path(__file__).parent)]
+        subprocess.run(command, check=True, env={"RAYON_NUM_THREADS": threads, "PYTHONPATH": ":".join(sys.path)})
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1] == written[2]
