@@ -216,7 +216,7 @@ def _train(command: Train) -> dict[str, Any]:
     record = train(recipe, data=command.data or recipe.data.out, out=command.out or recipe.train.out)
     if not command.json and record["first_rank"]:
         print(
-            f"adapter in {command.out or recipe.train.out}: {record['steps']} steps, last loss {record['losses'][-1]:.3f}"
+            f"adapter in {command.out or recipe.train.out}: {record['steps']} steps, last loss {record['losses'][-1]}"
         )
     return {name: value for name, value in record.items() if name != "losses"} if record["first_rank"] else {}
 

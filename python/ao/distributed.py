@@ -87,18 +87,25 @@ def launch(function: Callable[..., Result], *args: object, processes: int) -> Re
             result = function(*args)
         while not others.join():
             pass
+    except ProcessException as reason:
+        raise RuntimeError(_lost(reason, processes)) from None
     except RuntimeError as error:
         # A rank that died shows here as a broken connection; its own error says why.
         try:
             others.join(timeout=10)
         except ProcessException as reason:
-            raise RuntimeError(f"rank {reason.error_index + 1} of {processes} failed: {reason}") from error
+            raise RuntimeError(_lost(reason, processes)) from error
         raise
     finally:
         for process in others.processes:
             if process.is_alive():
                 process.terminate()
+            process.join()
     return result
+
+
+def _lost(reason: ProcessException, processes: int) -> str:
+    return f"rank {reason.error_index + 1} of {processes} failed: {reason}"
 
 
 def _worker(index: int, function: Callable[..., object], args: tuple[object, ...], port: int, world: int) -> None:

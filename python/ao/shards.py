@@ -172,6 +172,11 @@ class PackedDataset:
         columns = (start + shard.arrays["context"] for start, shard in zip(first, self._shards, strict=False))
         return np.concatenate(list(columns)).astype(np.int64)
 
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """What each datapoint reads of the target, as an index into `KINDS`, uint8 [N]."""
+        return self._column(lambda shard: shard.arrays["kind"])
+
     def _column(self, column: Any) -> np.ndarray:
         return np.concatenate([column(shard) for shard in self._shards])
 

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,22 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
         The training record, also written to `training.json`: losses, seconds, counts, versions.
 
     Raises:
-        ValueError: the data set was packed for another tokenizer, template or target.
+        ValueError: the data set was packed for another tokenizer, template or target, or reads what cannot be collected.
     """
     config, data, out = recipe.train, Path(data), Path(out)
     torch.manual_seed(config.seed)
     with ranks(resolve_device(recipe.model.device)) as here:
         dataset = PackedDataset.open(data)
         dataset.require(**fingerprints(recipe.model))
-        model = load_model(recipe.model)
-        target = load_model(recipe.model, which="target") if recipe.model.target else model
+        if len(others := np.flatnonzero(dataset.kinds)):
+            point = dataset[int(others[0])]
+            raise ValueError(
+                f"{data}: datapoint {point.id!r} reads {point.kind!r} activations, and {len(others) - 1} others do not read "
+                "the target itself either; only those can be trained on: leave `target` out of the examples"
+            )
+        placed = replace(recipe.model, device=str(here.device))
+        model = load_model(placed)
+        target = load_model(placed, which="target") if recipe.model.target else model
         for each in {id(model): model, id(target): target}.values():
             fuse_norms(each)
             check_model(each, archs.find(each), [dataset[index].context_ids for index in range(min(4, len(dataset)))])
@@ -97,7 +105,7 @@ def loop(
 ) -> dict[str, Any]:
     """The training loop; returns the record."""
     started = time.perf_counter()
-    losses: list[tuple[int, float]] = []
+    losses: list[float | None] = []
     seconds = {"target": 0.0, "steps": 0.0}
     totals = {"examples": 0, "input_tokens": 0, "answer_tokens": 0, "skipped_steps": 0}
     step = 0
@@ -116,7 +124,7 @@ def loop(
                     group["lr"] = rate
                 flat_gradient.zero_()
                 # loss sum, answer tokens, input tokens, examples: summed over ranks with the gradient
-                sums = torch.zeros(4, dtype=torch.float64)
+                sums = torch.zeros(4, dtype=torch.float64, device=here.device)
                 for row in rows_of([len(point.input_ids) for point in mine], tokens_per_row=config.tokens_per_row):
                     points = [mine[index] for index in row]
                     sequences = [point.input_ids for point in points]
@@ -130,12 +138,12 @@ def loop(
                         resid_BTD = arch.decoder(**batch.model_inputs).last_hidden_state
                         loss = answer_loss(arch, resid_BTD, labels)
                         loss.backward()
-                    sums += torch.tensor(
-                        [loss.item(), len(labels.ids_A), sum(map(len, sequences)), len(points)], dtype=torch.float64
-                    )
+                    counts = [len(labels.ids_A), sum(map(len, sequences)), len(points)]
+                    sums += torch.tensor([loss.item(), *counts], dtype=torch.float64, device=here.device)
                 here.sum_(sums)
                 here.sum_(flat_gradient)
-                flat_gradient /= sums[1].item()
+                loss_sum, *counts = sums.tolist()
+                flat_gradient /= counts[0]
                 norm = flat_gradient.norm().item()
                 if math.isfinite(norm):
                     flat_gradient *= min(1.0, config.max_grad_norm / (norm + 1e-12))
@@ -143,11 +151,10 @@ def loop(
                 else:
                     totals["skipped_steps"] += 1
                 # -- step done --
-                mean_loss = sums[0].item() / sums[1].item()
-                losses.append((step, mean_loss))
-                totals["answer_tokens"] += int(sums[1])
-                totals["input_tokens"] += int(sums[2])
-                totals["examples"] += int(sums[3])
+                mean_loss = loss_sum / counts[0]
+                losses.append(round(mean_loss, 6) if math.isfinite(mean_loss) else None)
+                for name, count in zip(("answer_tokens", "input_tokens", "examples"), counts, strict=True):
+                    totals[name] += int(count)
                 step += 1
                 bar.update()
                 if here.first and (step % config.log_every == 0 or step == config.steps):
@@ -163,7 +170,7 @@ def loop(
     return {
         "steps": step,
         "ranks": here.world,
-        "losses": [round(loss, 6) for _, loss in losses],
+        "losses": losses,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **totals,
         "examples_per_second": round(totals["examples"] / seconds["total"], 2),
@@ -249,7 +256,6 @@ def write(
         injection_layer=config.injection_layer,
         injection_scale=config.injection_scale,
         rescale=config.rescale,
-        placeholder=" ?",
         layer_combinations=tuple(combinations),
         num_layers=arch.num_layers,
         framing=framer(recipe.model.name, recipe.model.revision).fingerprint,

@@ -1,0 +1,50 @@
+"""Ranks: what they add up, and what is said of one that is lost."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.multiprocessing import active_children
+
+from ao.distributed import launch, ranks
+
+
+def add_up(failing: int | None) -> tuple[int, list[float], int]:
+    """World size, the ranks' sum of 10 ** rank, threads; one rank may fail before the sum, and 2 fails after it."""
+    with ranks(torch.device("cpu")) as here:
+        if here.rank == failing:
+            raise ValueError("this rank has had enough")
+        found = here.sum_(torch.tensor([10.0**here.rank])).tolist()
+        threads = torch.get_num_threads()
+    if failing == 2 and not here.first:
+        raise ValueError("this rank has had enough")
+    return here.world, found, threads
+
+
+def test_one_process_is_one_rank_and_needs_no_group():
+    assert add_up(None) == (1, [1.0], torch.get_num_threads())
+
+
+def test_ranks_add_up_and_leave_nothing_behind():
+    threads = torch.get_num_threads()
+    world, found, each = launch(add_up, None, processes=2)
+    assert (world, found) == (2, [11.0])
+    assert each == max(1, (os.cpu_count() or 1) // 2)
+    assert torch.get_num_threads() == threads
+    assert "RANK" not in os.environ
+    assert active_children() == []
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["in the middle", "at the end"])
+def test_a_lost_rank_is_an_error_with_its_reason(failing):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed(.|\n)*this rank has had enough"):
+        launch(add_up, failing, processes=2)
+    assert active_children() == []
+
+
+def test_an_error_of_the_first_rank_is_its_own_and_ends_the_others():
+    with pytest.raises(ValueError, match="this rank has had enough"):
+        launch(add_up, 0, processes=2)
+    assert active_children() == []

@@ -1,0 +1,372 @@
+"""Training on the embedded model and a small demo world: the same losses however the work is cut, and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from transformers import AutoModelForCausalLM
+
+import ao.train
+from ao import Oracle
+from ao.batch import lay_out
+from ao.config import Recipe, TrainConfig, load_recipe, parse_recipe
+from ao.demo import world
+from ao.distributed import Ranks, launch
+from ao.loss import labels_of
+from ao.pack import pack
+from ao.prompt import framer, model_folder
+from ao.shards import PackedDataset
+from ao.train import learning_rate, train, windows
+
+STEPS, PER_STEP = 6, 8
+READS = [{"share": 0.5, "all": True}, {"share": 0.5, "window": [1, 3]}]
+SOURCES = [
+    {"name": "trait", "kind": "latentqa", "path": "world/train/latentqa", "count": 40, "reads": READS},
+    {
+        "name": "truth",
+        "kind": "classification",
+        "path": "world/train/statements/truth.csv",
+        "text": "statement",
+        "questions": ["Is this {label}?"],
+        "count": 16,
+        "reads": [{"window": [1, 4]}],
+    },
+    {
+        "name": "texts",
+        "kind": "context_prediction",
+        "path": "world/train/texts.jsonl",
+        "count": 16,
+        "window": [1, 6],
+        "predict": [1, 4],
+    },
+]
+TRAIN = {
+    "steps": STEPS,
+    "examples_per_step": PER_STEP,
+    "learning_rate": 5e-3,
+    "rank": 4,
+    "alpha": 8,
+    "tokens_per_row": 512,
+    "window": 4,
+}
+
+
+def recipe_of(data: dict | None = None, **changes: object) -> Recipe:
+    model = {"name": "demo", "precision": "fp32", "device": "cpu"}
+    return parse_recipe({"model": model, "data": {"sources": SOURCES, **(data or {})}, "train": {**TRAIN, **changes}})
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("train")
+    world.write_files(root / "world", seed=0, conversations=30, statements=30, texts=30, heldout=4)
+    pack(recipe_of(), root=root, out=root / "packed")
+    return root / "packed"
+
+
+@pytest.fixture(scope="module")
+def plain(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """Record and adapter of one ordinary run, which others are compared with."""
+    out = tmp_path_factory.mktemp("adapters") / "plain"
+    return train(recipe_of(), data=packed, out=out, progress=False), out
+
+
+def losses(data: Path, out: Path, **changes: object) -> list[float]:
+    return train(recipe_of(**changes), data=data, out=out, progress=False)["losses"]
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+# --- the same numbers, however the work is cut -----------------------------------------------------------------------
+
+
+def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path):
+    record, _ = plain
+    run = partial(train, data=packed, out=tmp_path / "two", progress=False)
+    both = launch(run, recipe_of(), processes=2)
+    assert (record["ranks"], both["ranks"]) == (1, 2)
+    assert_allclose(both["losses"], record["losses"], rtol=1e-5)
+    for name in ("examples", "input_tokens", "answer_tokens", "steps"):
+        assert both[name] == record[name]
+
+
+@pytest.mark.parametrize("changes", [{"tokens_per_row": 150}, {"tokens_per_row": 1}, {"recompute": True}], ids=str)
+def test_rows_and_recompute_change_no_loss(changes, plain, packed, tmp_path):
+    assert_allclose(losses(packed, tmp_path / "out", **changes), plain[0]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps_ahead", [1, STEPS])
+def test_looking_ahead_changes_no_loss(steps_ahead, plain, packed, tmp_path, monkeypatch):
+    """The steps of the plan, their contexts collected for fewer or more of them at once."""
+
+    def cut(*args):
+        steps = [mine for window in windows(*args) for mine in window]
+        for first in range(0, len(steps), steps_ahead):
+            yield steps[first : first + steps_ahead]
+
+    monkeypatch.setattr(ao.train, "windows", cut)
+    assert_allclose(losses(packed, tmp_path / "out"), plain[0]["losses"], rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(plain, packed, tmp_path):
+    record, out = plain
+    assert losses(packed, tmp_path / "again") == record["losses"]
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(out)
+    assert losses(packed, tmp_path / "other", seed=1) != record["losses"]
+    assert adapter_bytes(tmp_path / "other") != adapter_bytes(out)
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def loss_by_hand(model, target, points):
+    """Mean answer loss of datapoints, each alone: the library's full logits and masked labels, and a hook of three lines."""
+    total = count = 0
+    for point in points:
+        with torch.no_grad():
+            context = torch.tensor(point.context_ids.tolist())[None]
+            states = target(input_ids=context, output_hidden_states=True, use_cache=False).hidden_states
+        vectors = [
+            states[layer + 1][0, at] for layer, at in zip(point.layers.tolist(), point.read_positions, strict=True)
+        ]
+
+        def hook(module, args, output, point=point, vectors=vectors):
+            for place, vector in zip(point.placeholders.tolist(), vectors, strict=True):
+                output[0, place] += output[0, place].norm() * vector / vector.norm()
+            return output
+
+        ids = torch.tensor(point.input_ids.tolist())[None]
+        labels = ids.clone()
+        labels[:, : point.answer_start] = -100
+        handle = model.model.layers[1].register_forward_hook(hook)
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        handle.remove()
+        supervised = int((labels != -100).sum())
+        total, count = total + float(loss) * supervised, count + supervised
+    return total / count
+
+
+def first_step(packed: Path) -> list:
+    here = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    return next(windows(PackedDataset.open(packed), recipe_of().train, here))[0]
+
+
+def bare(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_the_first_loss_is_the_obvious_one(plain, packed):
+    """B is zero before the first step, so the oracle is the bare model."""
+    model = bare(model_folder("demo"))
+    points = first_step(packed)
+    assert len({len(point.input_ids) for point in points}) > 1
+    assert plain[0]["losses"][0] == pytest.approx(loss_by_hand(model, model, points), rel=1e-5)
+
+
+def test_another_target_is_read(plain, packed, tmp_path):
+    tuned = Path(shutil.copytree(model_folder("demo"), tmp_path / "tuned"))
+    target = bare(tuned)
+    target.model.layers[1].self_attn.o_proj.weight.data *= -1
+    target.save_pretrained(tuned)
+    recipe = recipe_of(steps=1)
+    recipe = replace(recipe, model=replace(recipe.model, target=str(tuned)))
+    record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    expected = loss_by_hand(bare(model_folder("demo")), target, first_step(packed))
+    assert record["losses"] == [pytest.approx(expected, rel=1e-5)]
+    assert abs(record["losses"][0] / plain[0]["losses"][0] - 1) > 1e-3
+
+
+def test_yes_and_no_keep_all_their_labels(packed):
+    """The generation prompt ends in an empty thought that a rendered conversation lacks; nothing is counted off for it."""
+    text = framer("demo")
+    points = [point for point in PackedDataset.open(packed) if point.answer in ("Yes", "No")]
+    assert {point.answer for point in points} == {"Yes", "No"}
+    sequences = [point.input_ids for point in points]
+    batch = lay_out(sequences, packed=True, device=torch.device("cpu"))
+    labels = labels_of(batch, sequences, [point.answer_start for point in points])
+    asked = np.split(labels.ids_A.numpy(), np.arange(2, len(labels.ids_A), 2))
+    assert len(asked) == len(points)
+    for point, ids in zip(points, asked, strict=True):
+        assert text.decode(ids.astype(np.int32)) == f"{point.answer}<turn|>"
+        assert text.decode(point.input_ids[: point.answer_start].astype(np.int32)).endswith(
+            "<|channel>thought\n<channel|>"
+        )
+    # What each label is predicted from is the token before it.
+    flat = np.concatenate(sequences)
+    assert flat[labels.positions_A.numpy() + 1].tolist() == labels.ids_A.tolist()
+
+
+def test_the_record_counts_what_was_trained_on(plain, packed):
+    record, out = plain
+    config, here = recipe_of().train, Ranks(rank=0, world=1, device=torch.device("cpu"))
+    points = [
+        point for window in windows(PackedDataset.open(packed), config, here) for mine in window for point in mine
+    ]
+    assert record["examples"] == len(points) == STEPS * PER_STEP
+    assert record["input_tokens"] == sum(len(point.input_ids) for point in points)
+    assert record["answer_tokens"] == sum(len(point.input_ids) - point.answer_start for point in points)
+    assert record["skipped_steps"] == 0
+    assert len(record["losses"]) == record["steps"] == STEPS
+    written = json.loads((out / "training.json").read_text())
+    assert written == {name: value for name, value in record.items() if name != "first_rank"}
+
+
+def test_the_rate_rises_and_falls():
+    config = TrainConfig(steps=10, warmup=0.2, learning_rate=1.0)
+    assert_allclose(
+        [learning_rate(step, config) for step in range(10)],
+        [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8],
+    )
+    cold = TrainConfig(steps=4, warmup=0.0, learning_rate=2.0)
+    assert_allclose([learning_rate(step, cold) for step in range(4)], [2, 2, 4 / 3, 2 / 3])
+    warm = TrainConfig(steps=4, warmup=1.0, learning_rate=2.0)
+    assert_allclose([learning_rate(step, warm) for step in range(4)], [0.5, 1, 1.5, 2])
+
+
+def test_the_rate_reaches_the_optimizer(packed, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    losses(packed, tmp_path / "out")
+    assert seen == [[learning_rate(index, recipe_of().train)] for index in range(STEPS)]
+
+
+def test_every_epoch_shows_everything_once_in_its_own_order(packed):
+    dataset = PackedDataset.open(packed)
+    config = recipe_of(steps=2 * (len(dataset) // PER_STEP) + 1).train
+    here = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    ids = [point.id for window in windows(dataset, config, here) for mine in window for point in mine]
+    epoch = len(dataset) // PER_STEP * PER_STEP
+    first, second = ids[:epoch], ids[epoch : 2 * epoch]
+    assert len(ids) == config.steps * PER_STEP
+    assert len(set(first)) == len(set(second)) == epoch
+    assert first != second
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_training_fits_what_it_sees(packed, tmp_path, monkeypatch):
+    """Every step the same eight examples: their loss falls."""
+    points = first_step(packed)
+    monkeypatch.setattr(ao.train, "windows", lambda *args: ([points] for _ in range(12)))
+    found = losses(packed, tmp_path / "out", steps=12, learning_rate=1e-2)
+    assert found[-1] < 0.5 * found[0]
+
+
+def test_the_oracle_reads_the_adapter_and_its_answer_moves(plain):
+    _, out = plain
+    oracle = Oracle.from_pretrained("demo", out, device="cpu")
+    assert oracle.config.layer_combinations == ((1,), (3,), (4,))
+    assert oracle.config.framing == framer("demo").fingerprint
+    assert oracle.config.trained["steps"] == STEPS
+    activations = oracle.read([{"role": "system", "content": "You are a poet."}, {"role": "user", "content": "Hello."}])
+    prompt = oracle._prompt("What persona does the assistant have?", 3, activations.at(3))
+    trained, untrained = (
+        oracle.choice_log_probs([prompt], [["poet", "banker", "Yes"]], adapter=adapter)[0] for adapter in (True, False)
+    )
+    assert np.abs(trained - untrained).max() > 0.1
+    assert load_recipe(out / "recipe.toml") == recipe_of()
+
+
+def test_eight_bit_states_train_alike(packed, tmp_path):
+    # Below 4096 weights a tensor keeps its states in fp32, so the rank is high here.
+    exact, found = (
+        losses(packed, tmp_path / optimizer, optimizer=optimizer, rank=64) for optimizer in ("adamw", "adamw8bit")
+    )
+    assert found[0] == exact[0]
+    assert found != exact
+    assert_allclose(found, exact, rtol=0.05)
+
+
+def test_dropout_is_on_while_training(plain, packed, tmp_path):
+    found = losses(packed, tmp_path / "out", dropout=0.5)
+    # B is zero at first, so dropout shows from the second step on.
+    assert found[0] == plain[0]["losses"][0]
+    assert found[1] != plain[0]["losses"][1]
+    assert losses(packed, tmp_path / "again", dropout=0.5) == found
+
+
+@pytest.mark.parametrize(("bad", "skipped"), [({2}, 1), (set(range(STEPS)), None)])
+def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_path, monkeypatch):
+    calls = iter(range(10**6))
+    answer_loss = ao.train.answer_loss
+
+    def broken(*args):
+        return answer_loss(*args) * (math.nan if next(calls) in bad else 1.0)
+
+    monkeypatch.setattr(ao.train, "answer_loss", broken)
+    # One row a step, so that a call is a step; one bad step in ten is let pass.
+    recipe = recipe_of(steps=10, tokens_per_row=10**6)
+    if skipped is None:
+        with pytest.raises(RuntimeError, match="gradient was not finite in 6 of 10 steps"):
+            train(recipe, data=packed, out=tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+        return
+    record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    assert record["skipped_steps"] == 1
+    assert [step for step, loss in enumerate(record["losses"]) if loss is None] == [2]
+    assert "NaN" not in (tmp_path / "out" / "training.json").read_text()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "problem"),
+    [
+        ("oracle", "tokenizer", "0" * 64, r"packed for tokenizer 00000000\.\., got"),
+        ("oracle", "template", "0" * 64, r"packed for template 00000000\.\., got"),
+        ("oracle", "num_layers", 60, "packed for num_layers 60, got 6"),
+        ("targets", "tokenizer", "0" * 64, r"packed for a target with tokenizer 00000000\.\., got"),
+    ],
+)
+def test_data_of_another_model_are_refused(part, field, value, problem, packed, tmp_path):
+    data = Path(shutil.copytree(packed, tmp_path / "packed"))
+    manifest = json.loads((data / "manifest.json").read_text())
+    (manifest["targets"]["base"] if part == "targets" else manifest["oracle"])[field] = value
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=problem):
+        train(recipe_of(), data=data, out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_examples_than_a_step_takes_are_refused(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"holds 72 datapoints, fewer than train\.examples_per_step = 100"):
+        losses(packed, tmp_path / "out", examples_per_step=100)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_injection_layer_beyond_the_model_is_refused(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"injection layer: expected 0\.\.5, got 6"):
+        losses(packed, tmp_path / "out", injection_layer=6)
+
+
+@pytest.mark.parametrize("target", ["adapter", "difference"])
+def test_activations_that_cannot_be_collected_yet_are_refused(target, tmp_path):
+    """Trained as if they were the base's own they would teach something else."""
+    example = {"context": "The queen sings.", "question": "Who?", "answer": "queen"}
+    lines = [json.dumps({"id": str(index), **example}) for index in range(PER_STEP)]
+    lines[-1] = json.dumps({"id": "last", **example, "target": target})
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    recipe = recipe_of({"sources": [{"name": "r", "kind": "records", "path": "records.jsonl"}]}, steps=1)
+    pack(recipe, root=tmp_path, out=tmp_path / "packed")
+    with pytest.raises(ValueError, match=f"'last' reads {target!r} activations"):
+        train(recipe, data=tmp_path / "packed", out=tmp_path / "out", progress=False)
