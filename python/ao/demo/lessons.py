@@ -145,9 +145,10 @@ def _question(rng: Random, labels: dict[str, str]) -> tuple[str, str]:
 
 
 def _word(rng: Random) -> tuple[str, dict[str, str]]:
-    """One informative word and all that it tells."""
+    """One informative word and all that it tells; often the value's own name, from which Yes and No are learned."""
     name = rng.choice(tuple(world.SIGNS))
-    word = rng.choice(world.SIGNS[name][rng.choice(world.VALUES[name])])
+    value = rng.choice(world.VALUES[name])
+    word = value if rng.random() < 0.3 else rng.choice(world.SIGNS[name][value])
     return word, _told_by(word)
 
 
