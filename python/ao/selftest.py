@@ -6,6 +6,7 @@ Shapes: T tokens, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
     """
     contexts = [context[:512] for context in contexts]
     device = next(model.parameters()).device
+    close = partial(_require_close, exact=arch.head.weight.dtype == torch.float32 and device.type == "cpu")
     last = arch.num_layers - 1
     middle = arch.num_layers // 2
     with as_target(model):
@@ -42,12 +44,10 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
             alone.append(output.hidden_states[middle + 1][0])
         batch = lay_out(contexts[-1:], packed=False, device=device)
         resid_TD = residuals(model, arch, batch, [middle, last])[middle]
-        _require_close(
-            resid_TD, alone[-1], f"layer {middle} is not hidden_states[{middle + 1}]: the layer lookup is off"
-        )
+        close(resid_TD, alone[-1], f"layer {middle} is not hidden_states[{middle + 1}]: the layer lookup is off")
 
         final_TD = arch.decoder(**batch.model_inputs).last_hidden_state[0]
-        _require_close(
+        close(
             logits(arch, final_TD),
             output.logits[0].float(),
             "logits of selected positions differ from the model's own: it does more after the head than a soft-cap",
@@ -57,7 +57,7 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
             moved = contexts[-1].copy()
             moved[-1] = (moved[-1] + 1) % arch.vocab
             changed_TD = residuals(model, arch, lay_out([moved], packed=False, device=device), [middle])[middle]
-            _require_close(
+            close(
                 changed_TD[:-1],
                 resid_TD[:-1],
                 "a later token moves earlier residuals: the model does not read causally",
@@ -67,21 +67,18 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
             batch = lay_out(contexts, packed=arch.attention_only, device=device)
             together = residuals(model, arch, batch, [middle])[middle]
         for index, (start, context) in enumerate(zip(batch.starts, contexts, strict=True)):
-            _require_close(
+            close(
                 together[start : start + len(context)],
                 alone[index],
                 f"context {index} of a shared forward differs from the same context alone: documents see each other",
             )
 
 
-def _require_close(got_TD: torch.Tensor, expected_TD: torch.Tensor, problem: str) -> None:
-    """fp32: relative error below 1e-4; lower precision: every row's cosine at least 0.999."""
-    got_TD, expected_TD = got_TD.detach(), expected_TD.detach()
-    if expected_TD.dtype == torch.float32 and got_TD.dtype == torch.float32 and got_TD.device.type == "cpu":
-        error = float((got_TD - expected_TD).norm() / expected_TD.norm().clamp_min(1e-30))
-        if not error < 1e-4:
-            raise RuntimeError(f"self-test: {problem} (relative error {error:.2g}, expected below 1e-4)")
-        return
-    cosine = float(torch.nn.functional.cosine_similarity(got_TD.float(), expected_TD.float(), dim=-1).min())
-    if not cosine >= 0.999:
-        raise RuntimeError(f"self-test: {problem} (smallest cosine {cosine:.4f}, expected at least 0.999)")
+def _require_close(got_TD: torch.Tensor, expected_TD: torch.Tensor, problem: str, *, exact: bool) -> None:
+    """Exact: relative error below 1e-4; else below 0.045 in every row: a cosine of 0.999, and the same length."""
+    error_T = (got_TD - expected_TD).float().norm(dim=-1)
+    norm_T = expected_TD.float().norm(dim=-1)
+    error = float(error_T.norm() / norm_T.norm() if exact else (error_T / norm_T).max())
+    most = 1e-4 if exact else 0.045
+    if not error < most:
+        raise RuntimeError(f"self-test: {problem} (relative error {error:.2g}, expected below {most})")

@@ -1,0 +1,190 @@
+"""Loading: 4-bit weights that no read changes, the text tower of a multimodal checkpoint, and no random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
+
+from ao.batch import lay_out, layout
+from ao.config import ModelConfig
+from ao.loss import answer_loss, labels_of
+from ao.models import arch as archs
+from ao.models.adapters import add_adapter, as_oracle
+from ao.models.load import fuse_norms, load_model
+from ao.residuals import Read, read_vectors
+from ao.selftest import check_model
+from conftest import GEMMA_4, sequences
+
+# Blocks of 64 weights, and rows in the multiples of 32 that the repacking takes.
+TEXT = {**GEMMA_4, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 32}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+}
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.bfloat16().eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "text"
+    randomized(Gemma4ForCausalLM(Gemma4TextConfig(**TEXT))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "multimodal"
+    config = Gemma4Config(text_config=TEXT, vision_config=VISION, audio_config=None)
+    randomized(Gemma4ForConditionalGeneration(config)).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, precision: str = "nf4") -> torch.nn.Module:
+    return load_model(ModelConfig(name=str(folder), precision=precision, device="cpu"))
+
+
+def quantized(model: torch.nn.Module) -> dict[str, Linear4bit]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def contents(model: torch.nn.Module) -> dict[str, list[bytes]]:
+    """Weights and scales of every 4-bit layer."""
+    return {
+        name.removesuffix(".base_layer"): [
+            layer.weight.data.numpy().tobytes(),
+            layer.weight.quant_state.absmax.float().numpy().tobytes(),
+        ]
+        for name, layer in quantized(model).items()
+    }
+
+
+def read(model: torch.nn.Module, rng: np.random.Generator) -> torch.Tensor:
+    arch = archs.find(model)
+    reads = [Read(ids, np.array([1, 3]), np.array([0, -1]) % len(ids)) for ids in sequences(rng, [9, 14])]
+    return read_vectors(model, arch, reads)[0]
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    """Gradients of a new adapter, its B made random, for one answer."""
+    arch = archs.find(model)
+    torch.manual_seed(1)
+    peft = add_adapter(model, rank=4, alpha=8, dropout=0.0)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.train()
+    documents = sequences(np.random.default_rng(1), [10, 7])
+    with layout(model, arch), as_oracle(model):
+        batch = lay_out(documents, packed=True, device=torch.device("cpu"))
+        labels = labels_of(batch, documents, [6, 5])
+        answer_loss(arch, arch.decoder(**batch.model_inputs).last_hidden_state, labels).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in peft.parameters() if parameter.requires_grad])
+
+
+def test_the_linears_of_the_blocks_are_held_in_four_bits(folder):
+    model = load(folder)
+    assert set(quantized(model)) == set(archs.linears(archs.find(model)))
+    original = load_file(folder / "model.safetensors")
+    for name, layer in quantized(model).items():
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
+        found = dequantize_4bit(layer.weight.data, state).float()
+        expected = original[f"{name}.weight"].float()
+        assert (found - expected).norm() < 0.12 * expected.norm()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.lm_head.weight, original["model.embed_tokens.weight"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_a_read_changes_neither_weights_nor_the_gradients_after_it(folder, rng):
+    """Where the CPU has AVX512-BF16 the library repacks 4-bit weights in the first forward without gradients, for good."""
+    fresh, used = load(folder), load(folder)
+    before = contents(used)
+    read(used, rng)
+    check_model(used, archs.find(used), sequences(rng, [9, 5]))
+    used.generate(input_ids=torch.tensor([[3, 4, 5]]), max_new_tokens=2)
+    assert contents(used) == before
+    assert all(layer.support_avx512bf16_for_cpu is False for layer in quantized(used).values())
+    expected, found = gradients(fresh), gradients(used)
+    assert expected.norm() > 0
+    assert torch.equal(found, expected)
+    assert contents(used) == before
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="this CPU does not repack")
+def test_the_test_above_can_fail(folder, rng):
+    model = load(folder)
+    for layer in quantized(model).values():
+        layer.support_avx512bf16_for_cpu = True
+    before = contents(model)
+    read(model, rng)
+    assert contents(model) != before
+
+
+def test_four_bits_read_what_their_weights_say(folder):
+    """Against a model in bf16 that holds the very weights which the four bits stand for."""
+    model, plain = load(folder), load(folder, "bf16")
+    fuse_norms(model)
+    for name, layer in quantized(model).items():
+        weight = plain.get_submodule(name).weight
+        weight.data.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    found, expected = (read(each, np.random.default_rng(2)) for each in (model, plain))
+    assert found.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.float(), expected.float()).min() > 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_multimodal_checkpoint_loads_its_text_tower_alone(multimodal, precision, rng):
+    model = load(multimodal, precision)
+    assert type(model) is Gemma4ForCausalLM
+    assert not any(tower in name for name, _ in model.named_modules() for tower in ("vision", "audio", "embed_vision"))
+    ids = torch.from_numpy(sequences(rng, [12])[0])[None]
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits
+        if precision == "fp32":
+            whole = Gemma4ForConditionalGeneration.from_pretrained(multimodal, dtype=torch.float32).eval()
+            assert torch.equal(found, whole(input_ids=ids, use_cache=False).logits)
+    if precision == "nf4":
+        assert set(quantized(model)) == set(archs.linears(archs.find(model)))
+    check_model(model, archs.find(model), sequences(rng, [9, 5]))
+
+
+@pytest.mark.parametrize("which", ["folder", "multimodal"])
+def test_a_missing_weight_is_an_error(which, tmp_path, request):
+    source = request.getfixturevalue(which)
+    weights = load_file(source / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.2.mlp.up_proj.weight"))
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"missing \['model\.layers\.2\.mlp\.up_proj\.weight'\].*random weights"):
+        load(tmp_path, "fp32")
+
+
+def test_a_weight_that_finds_no_place_is_an_error(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors") | {"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"were not used: \['model\.layers\.4\.mlp\.up_proj\.weight'\]"):
+        load(tmp_path, "fp32")
