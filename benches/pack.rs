@@ -1,9 +1,8 @@
-//! What packing costs, stage by stage, on text that repeats as little as prose does. Each bench checks its result before
-//! it is timed; throughput is per token, example or datapoint.
+//! What packing costs, stage by stage. Words are made up and drawn as unevenly as in prose, because the engine remembers
+//! the words it has seen. Each bench checks its result before it is timed; throughput is per token, example or datapoint.
 
 #![allow(missing_docs, reason = "criterion's macros make public items")]
 
-use std::fmt::Write as _;
 use std::hint::black_box;
 use std::path::Path;
 use std::time::Duration;
@@ -17,33 +16,11 @@ use ao_core::{layout, shard};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::{Value, json};
 
-const WORDS: [&str; 24] = [
-    "the",
-    "weather",
-    "in",
-    "Paris",
-    "is",
-    "fine",
-    "today",
-    "you",
-    "are",
-    "a",
-    "helpful",
-    "assistant",
-    "who",
-    "likes",
-    "sea",
-    "kind",
-    "user",
-    "model",
-    "tokens",
-    "before",
-    "after",
-    "predict",
-    "na\u{ef}ve",
-    "0123",
+const SYLLABLES: [&str; 24] = [
+    "the", "we", "ther", "in", "par", "is", "fi", "ne", "to", "day", "you", "are", "hel", "pful", "as", "who", "li",
+    "kes", "sea", "ki", "nd", "us", "na\u{ef}", "01",
 ];
-const EXAMPLES: usize = 2000;
+const EXAMPLES: usize = 6000;
 
 fn golden(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name);
@@ -61,12 +38,15 @@ fn framers() -> [(&'static str, Framer); 2] {
     ]
 }
 
-/// Words in random order, about one token each.
+/// Words of one to three syllables; a few of them make up most of the text.
 fn prose(draws: &mut Draws, words: usize) -> String {
     let mut text = String::new();
     for _ in 0..words {
-        let word = WORDS[draws.between(0, WORDS.len() - 1)];
-        write!(text, "{word} ").expect("a string accepts every write");
+        for _ in 0..draws.between(1, 3) {
+            let uneven = draws.unit().powi(2);
+            text.push_str(SYLLABLES[(uneven * SYLLABLES.len() as f64) as usize]);
+        }
+        text.push(' ');
     }
     text
 }
@@ -110,16 +90,25 @@ fn pack_into(folder: &Path, framer: &Framer, (records, texts): &(Vec<u8>, Vec<u8
 
 fn tokenize(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("tokenize");
-    let text = prose(&mut Draws::new(1, "bench", "text"), 2000);
+    let mut draws = Draws::new(1, "bench", "text");
+    let texts: Vec<String> = (0..512).map(|_| prose(&mut draws, 200)).collect();
     for (name, framer) in framers() {
-        let ids = framer.tokenizer().encode(&text).expect("the text is plain");
-        assert_eq!(framer.tokenizer().decode(&ids).expect("the ids are its own"), text);
-        group.throughput(Throughput::Elements(ids.len() as u64));
+        let tokenizer = framer.tokenizer();
+        let encoded: Vec<Vec<i32>> =
+            texts.iter().map(|text| tokenizer.encode(text).expect("the text is plain")).collect();
+        for (text, ids) in texts.iter().zip(&encoded) {
+            assert_eq!(&tokenizer.decode(ids).expect("the ids are its own"), text);
+        }
+        group.throughput(Throughput::Elements(encoded.iter().map(Vec::len).sum::<usize>() as u64 / 512));
+        let mut turn = (0..512).cycle();
         group.bench_function(format!("{name}/ids"), |bench| {
-            bench.iter(|| framer.tokenizer().encode(black_box(&text)));
+            bench.iter(|| tokenizer.encode(black_box(&texts[turn.next().unwrap_or(0)])));
         });
         group.bench_function(format!("{name}/spans"), |bench| {
-            bench.iter(|| framer.tokenizer().spans(black_box(&text), &ids));
+            bench.iter(|| {
+                let at = turn.next().unwrap_or(0);
+                tokenizer.spans(black_box(&texts[at]), &encoded[at])
+            });
         });
     }
 }
@@ -152,7 +141,11 @@ fn pack(criterion: &mut Criterion) {
                 || tempfile::tempdir().expect("a temporary folder"),
                 |folder| {
                     let manifest = pack_into(folder.path(), &framer, &examples);
-                    assert!(manifest["counts"]["examples"].as_u64().is_some_and(|kept| kept > 1900));
+                    assert!(
+                        manifest["counts"]["examples"].as_u64().is_some_and(|kept| kept > 5800),
+                        "{}",
+                        manifest["drops"]
+                    );
                 },
                 BatchSize::PerIteration,
             );

