@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -67,8 +67,8 @@ class Eval:
 
     recipe: tyro.conf.Positional[Path]
     """The recipe, a TOML file."""
-    adapter: Path | None = None
-    """The adapter; train.out of the recipe without one."""
+    adapter: str | None = None
+    """Folder or Hub id of the adapter; train.out of the recipe without one."""
     out: Path | None = None
     """Folder of records and report, instead of eval.out."""
     json: bool = False
@@ -85,8 +85,8 @@ class Ask:
     """What the target reads: a user turn, or with --raw plain text."""
     question: tyro.conf.Positional[str]
     """What to ask about its activations."""
-    adapter: Path = Path("runs/demo/adapter")
-    """The oracle's adapter."""
+    adapter: str = "runs/demo/adapter"
+    """Folder or Hub id of the oracle's adapter."""
     base: str = "demo"
     """Hub id or folder of the base."""
     target: str | None = None
@@ -103,10 +103,10 @@ class Ask:
     """Answers to choose from."""
     samples: int = 0
     """Draw this many answers; their agreement is the confidence."""
-    control: str = "no_activation"
+    control: Literal["no_activation", "text", "none"] = "no_activation"
     """What to ask beside it: no_activation, text or none."""
-    precision: str | None = None
-    """nf4, bf16 or fp32."""
+    precision: Literal["nf4", "bf16", "fp32"] | None = None
+    """How the frozen weights are held; bf16 without one ("demo": fp32)."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -150,6 +150,13 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
     as_json = "--json" in args
     try:
         command = _parse(commands, args, program)
+    except SystemExit as stop:
+        if as_json and stop.code:
+            print(json.dumps({"error": "usage; stderr says what", "kind": "UsageError", "exit_code": stop.code}))
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error, 2, as_json)
+    try:
         result = handlers[type(command)](command)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IndexError) as error:
         _fail(error, 2, as_json)
@@ -180,7 +187,8 @@ def _parse(commands: dict[str, type], args: list[str], program: str) -> Any:
         return tyro.cli(kind, args=rest, prog=program)
     files = [arg for arg in rest if arg.endswith(".toml")]
     if not files:
-        return tyro.cli(kind, args=rest, prog=program)
+        named = tyro.cli(kind, args=rest, prog=program).recipe
+        raise ValueError(f"{named}: a recipe is a TOML file, and its name ends in .toml; rename it")
     recipe = load_recipe(files[0])
     parts = {name: getattr(recipe, name) for name in ("model", "data", "train", "eval") if name in names}
     if kind is not Pack:
@@ -218,7 +226,8 @@ def _train(command: Train) -> dict[str, Any]:
         print(
             f"adapter in {command.out or recipe.train.out}: {record['steps']} steps, last loss {record['losses'][-1]}"
         )
-    return {name: value for name, value in record.items() if name != "losses"} if record["first_rank"] else {}
+    shown = {name: value for name, value in record.items() if name not in ("losses", "first_rank")}
+    return shown if record["first_rank"] else {}
 
 
 def _eval(command: Eval) -> dict[str, Any]:
@@ -250,6 +259,8 @@ def _ask(command: Ask) -> dict[str, Any]:
 
     oracle = Oracle.from_pretrained(command.base, command.adapter, target=command.target, precision=command.precision)
     context: Any = command.prompt
+    if command.raw and command.system is not None:
+        raise ValueError("--system with --raw: plain text has no system turn; leave one of them out")
     if not command.raw:
         context = [{"role": "user", "content": command.prompt}]
         if command.system is not None:

@@ -345,6 +345,8 @@ def load_recipe(path: str | Path) -> Recipe:
         ValueError: it is no TOML, or a key is unknown, missing or wrong.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such recipe; recipes/ has examples")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

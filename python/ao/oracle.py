@@ -24,7 +24,7 @@ from ao.manifest import require_match
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import fuse_norms, load_model
-from ao.prompt import adapter_folder, framer, resolve_layer, special_ids
+from ao.prompt import adapter_folder, framer, num_layers, resolve_layer, special_ids
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
 
@@ -170,11 +170,9 @@ class Oracle:
         """
         precision = precision or ("nf4" if load_in_4bit else "fp32" if base == "demo" else "bf16")
         model_config = ModelConfig(name=base, revision=revision, target=target, precision=precision, device=device)
-        model = load_model(model_config)
-        target_model = load_model(model_config, which="target") if target else model
-        arch = archs.find(model)
+        # What takes a moment is checked before the weights are loaded.
         folder = adapter_folder(adapter)
-        config = read_config(folder, num_layers=arch.num_layers, injection=injection)
+        config = read_config(folder, num_layers=num_layers(base, revision), injection=injection)
         text = framer(base, revision)
         require_match(
             f"{folder}: trained with",
@@ -189,6 +187,8 @@ class Oracle:
                 got=framer(target).fingerprint,
                 remedy="contexts are framed as the base's, so both must be of one family",
             )
+        model = load_model(model_config)
+        target_model = load_model(model_config, which="target") if target else model
         check = _ids(text.context(json.dumps("A check of the loaded model.")).ids)
         for each in {id(model): model, id(target_model): target_model}.values():
             fuse_norms(each)

@@ -43,7 +43,8 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     name, revision = (config.name, config.revision) if which == "base" else (config.target, config.target_revision)
     if name is None:
         raise ValueError(f"model.{which} names no checkpoint")
-    source = str(model_folder(name, revision)) if name == "demo" or Path(name).is_dir() else name
+    folder = model_folder(name, revision)
+    source = str(folder) if name == "demo" or Path(name).is_dir() else name
     device = resolve_device(config.device)
     full_config = AutoConfig.from_pretrained(source, revision=revision)
     text_config = arch.text_config(full_config)
