@@ -33,7 +33,12 @@ impl Tokenizer {
     /// If it is not one, or asks for a component that the engine does not have.
     pub fn from_json(text: &str) -> Result<Self> {
         let mut root: Value = serde_json::from_str(text).map_err(Error::tokenizer)?;
-        let fingerprint = fingerprint(&root);
+        if let Some(parts) = root.as_object_mut() {
+            // They change while a tokenizer is in use, and nothing is cut or padded here.
+            parts.remove("truncation");
+            parts.remove("padding");
+        }
+        let fingerprint = sha256_hex(canonical_json(&root).as_bytes());
         tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
         let engine = Engine::from_canonical_json(&root)?;
         let mut added = HashMap::new();
@@ -94,16 +99,6 @@ impl Tokenizer {
     pub fn is_special(&self, id: i32) -> bool {
         usize::try_from(id).is_ok_and(|at| self.special.get(at).copied().unwrap_or(false))
     }
-}
-
-/// Hash what decides ids. Truncation and padding change while a tokenizer is in use and decide nothing here.
-fn fingerprint(root: &Value) -> String {
-    let mut kept = root.clone();
-    if let Some(map) = kept.as_object_mut() {
-        map.remove("truncation");
-        map.remove("padding");
-    }
-    sha256_hex(canonical_json(&kept).as_bytes())
 }
 
 /// The bytes of each vocabulary entry as they stand in normalized text.
