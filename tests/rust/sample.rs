@@ -53,8 +53,8 @@ fn each_order_is_equally_likely() {
 #[test]
 fn the_generator_does_not_change() {
     let mut draws = Draws::new(7, "example", "read");
-    let drawn: Vec<u64> = (0..4).map(|_| draws.below(1_000_000)).collect();
-    assert_eq!(drawn, [99_025, 476_165, 845_111, 791_630]);
+    let numbers: Vec<u64> = (0..4).map(|_| draws.below(1_000_000)).collect();
+    assert_eq!(numbers, [99_025, 476_165, 845_111, 791_630]);
 }
 
 proptest! {
