@@ -43,9 +43,8 @@ test: lint ## everything that CI checks
 	cargo test --quiet
 	$(BIN)/python -m pytest
 
-bench: install ## every benchmark, one table
+bench: install ## every benchmark
 	cargo bench --quiet
-	$(BIN)/python -m benches
 
 clean: ## remove what was built
 	rm -rf $(VENV) target runs python/ao/_ao*.so

@@ -288,8 +288,6 @@ class EvalConfig(Config):
     """Resamples of the items for each interval."""
     max_new_tokens: int = 64
     """Longest generated answer."""
-    tokens_per_row: int = 8192
-    """Token budget of one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,7 @@ def draw_heat_map(oracle: Any, out: Path) -> None:
     activations = oracle.read([*messages, {"role": "assistant", "content": reply}])
     question, choices = world.NAMING["persona"][0], list(world.TRAITS["persona"])
     right = choices.index(traits["persona"])
+    unaware = oracle.ask(activations[0], question, choices=choices).control
     heat_map(
         out / "heat_map.png",
         oracle.scan(activations, question, choices)[:, :, right],
@@ -172,6 +173,7 @@ def draw_heat_map(oracle: Any, out: Path) -> None:
         answer=traits["persona"],
         source="a held-out conversation of the demo world",
         chance=1 / len(choices),
+        control=unaware.probabilities[traits["persona"]],
     )
 
 
