@@ -132,7 +132,7 @@ fn what_was_asked_for_is_what_is_read() {
 
     let spans = find("spans");
     assert_eq!((spans.kind, &*spans.source), (2, "other"));
-    assert_eq!(spans.meta.as_ref(), r#"{"a":[true,null,"é"],"z":1}"#);
+    assert_eq!(spans.meta.as_ref(), "{\"a\":[true,null,\"\u{e9}\"],\"z\":1}");
     let one = spans.read_positions.len() / 2;
     assert_eq!(spans.layers, [vec![6; one], vec![11; one]].concat());
     let first: Vec<i32> = spans.read_positions[..one].iter().map(|&at| spans.context_ids[at as usize]).collect();
