@@ -91,14 +91,14 @@ def sequences(rng: np.random.Generator, lengths: list[int]) -> list[np.ndarray]:
     return [rng.integers(3, 97, size=length) for length in lengths]
 
 
-def save_demo_adapter(folder: Path, *, seed: int = 0, **contract: object) -> Path:
+def save_demo_adapter(folder: Path, *, seed: int = 0, std: float = 0.1, **contract: object) -> Path:
     """An adapter of the embedded model with random weights, as training leaves one; `contract` changes its settings."""
     model = load_model(ModelConfig(name="demo", precision="fp32", device="cpu"))
     torch.manual_seed(seed)
     peft = add_adapter(model, rank=4, alpha=8, dropout=0.0)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     settings = {
         "model": "demo",
         "injection": "norm_matched_add",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ao import Oracle
 from ao.checkpoint import FILE, OracleConfig, read_config
+from ao.decode import OraclePrompt
 from ao.models.adapters import as_oracle
 from ao.prompt import framer, model_folder, resolve_layer
 from conftest import save_demo_adapter
@@ -261,7 +262,8 @@ def test_free_answers_and_samples(oracle):
     assert hot.confidence in [count / 8 for count in range(1, 8)]
 
 
-def test_a_reply_is_the_targets_own(oracle, bare):
+def test_a_reply_is_the_targets_own(bare, tmp_path):
+    oracle = Oracle.from_pretrained("demo", save_demo_adapter(tmp_path / "strong", std=3.0), device="cpu")
     ids = torch.from_numpy(oracle.read([SYSTEM, USER]).context_ids)[None]
     for _ in range(8):
         token = int(hidden_logits(bare, ids).argmax())
@@ -270,6 +272,9 @@ def test_a_reply_is_the_targets_own(oracle, bare):
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
     said = oracle.framer.decode(ids[0, len(oracle.read([SYSTEM, USER])) :].numpy().astype(np.int32))
     assert oracle.reply([SYSTEM, USER], max_new_tokens=8) == said.strip()
+    # With the adapter on it would be another.
+    prompt = OraclePrompt(oracle.read([SYSTEM, USER]).context_ids, np.zeros(0, dtype=np.int64), None)
+    assert oracle.generate([prompt], max_new_tokens=8) != [said.strip()]
 
 
 def hidden_logits(model, ids):

@@ -22,6 +22,7 @@ from ao.config import Recipe, TrainConfig, load_recipe, parse_recipe
 from ao.demo import world
 from ao.distributed import Ranks, launch
 from ao.loss import labels_of
+from ao.models.load import load_model
 from ao.pack import pack
 from ao.prompt import framer, model_folder
 from ao.shards import PackedDataset
@@ -104,6 +105,22 @@ def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path):
 @pytest.mark.parametrize("changes", [{"tokens_per_row": 150}, {"tokens_per_row": 1}, {"recompute": True}], ids=str)
 def test_rows_and_recompute_change_no_loss(changes, plain, packed, tmp_path):
     assert_allclose(losses(packed, tmp_path / "out", **changes), plain[0]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_recompute_runs_the_blocks_again(recompute, times, packed, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        # The look-ahead runs without gradients.
+        count = lambda *_: calls.append(1) if torch.is_grad_enabled() else None  # noqa: E731
+        model.model.layers[-1].mlp.register_forward_hook(count)
+        return model
+
+    monkeypatch.setattr(ao.train, "load_model", counted)
+    losses(packed, tmp_path / "out", steps=2, tokens_per_row=10**6, recompute=recompute)
+    assert len(calls) == 2 * times
 
 
 @pytest.mark.parametrize("steps_ahead", [1, STEPS])
