@@ -109,7 +109,7 @@ def document_attention(
 @contextmanager
 def packed_rows(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's forward takes packed rows with `documents=`; outside its own attention is back."""
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield

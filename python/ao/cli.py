@@ -148,6 +148,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         Demo: _demo,
     }
     as_json = "--json" in args
+    command: Any = None
     try:
         command = _parse(commands, args, program)
     except SystemExit as stop:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def generate(
             ids[line, pad:] = prompt.input_ids
             mask[line, pad:] = 1
         with injection(injector, these, np.arange(len(these)) * longest + pads):
-            output = model.generate(
+            output = cast(Any, model).generate(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
                 generation_config=settings,

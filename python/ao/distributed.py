@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,7 @@ def launch(function: Callable[..., Result], *args: object, processes: int) -> Re
     """
     # The store is ours, so that no port has to be guessed; ranks find it as they find torchrun's.
     store = dist.TCPStore("127.0.0.1", 0, processes, is_master=True, wait_for_workers=False)
-    others = start_processes(
+    others: Any = start_processes(
         _worker, (function, args, store.port, processes), nprocs=processes - 1, join=False, start_method="spawn"
     )
     try:

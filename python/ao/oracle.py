@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -235,13 +235,6 @@ class Oracle:
             spans=np.asarray(framed.char_spans).reshape(-1, 2)[where],
         )
 
-    @overload
-    def ask(self, activations: Activations, question: str, *, layer: Literal["all"], **kwargs: Any) -> list[Answer]: ...
-    @overload
-    def ask(
-        self, activations: Activations, question: str, *, layer: int | float | None = None, **kwargs: Any
-    ) -> Answer: ...
-
     def ask(
         self,
         activations: Activations,
@@ -254,8 +247,8 @@ class Oracle:
         samples: int = 0,
         temperature: float = 1.0,
         max_new_tokens: int = 64,
-    ) -> Answer | list[Answer]:
-        """Ask a question about activations.
+    ) -> Any:
+        """Ask a question about activations; an `Answer`, or with `layer="all"` a list of them.
 
         Args:
             activations: what to ask about; every token of it takes one placeholder.
@@ -396,7 +389,9 @@ class Oracle:
             raise ValueError(f"layer {layer}: the adapter was not trained to read it; trained: {trained}")
         if vectors_KD is not None:
             check_vectors(vectors_KD, f"layer {layer}")
-        framed = self.framer.prompt([layer], len(vectors_KD) if vectors_KD is not None else num, question)
+            num = len(vectors_KD)
+        assert num is not None, "a prompt without vectors needs their number"
+        framed = self.framer.prompt([layer], num, question)
         return OraclePrompt(_ids(framed.ids), _ids(framed.placeholders), vectors_KD)
 
     def _choice_ids(self, choices: Sequence[str]) -> list[np.ndarray]:

@@ -107,7 +107,7 @@ def read_vectors(
     """
     offsets = np.cumsum([0, *(len(read.positions) for read in reads)])
     device = next(model.parameters()).device
-    vectors_PD = torch.empty(int(offsets[-1]), arch.d_model, dtype=arch.head.weight.dtype, device=device)
+    vectors_PD = torch.empty(int(offsets[-1]), arch.d_model, dtype=model.dtype, device=device)
     contexts, context_of_read = distinct_contexts(
         [read.context_ids for read in reads], share_prefixes=arch.attention_only
     )

@@ -37,11 +37,9 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
     last = arch.num_layers - 1
     middle = arch.num_layers // 2
     with as_target(model):
-        alone = []
-        for context in contexts:
-            ids = torch.from_numpy(context.astype(np.int64)).to(device)[None]
-            output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-            alone.append(output.hidden_states[middle + 1][0])
+        ids = [torch.from_numpy(context.astype(np.int64)).to(device)[None] for context in contexts]
+        outputs = [model(input_ids=each, output_hidden_states=True, use_cache=False) for each in ids]
+        alone = [output.hidden_states[middle + 1][0] for output in outputs]
         batch = lay_out(contexts[-1:], packed=False, device=device)
         resid_TD = residuals(model, arch, batch, [middle, last])[middle]
         close(resid_TD, alone[-1], f"layer {middle} is not hidden_states[{middle + 1}]: the layer lookup is off")
@@ -49,7 +47,7 @@ def check_model(model: PreTrainedModel, arch: Arch, contexts: Sequence[np.ndarra
         final_TD = arch.decoder(**batch.model_inputs).last_hidden_state[0]
         close(
             logits(arch, final_TD),
-            output.logits[0].float(),
+            outputs[-1].logits[0].float(),
             "logits of selected positions differ from the model's own: it does more after the head than a soft-cap",
         )
 

@@ -169,7 +169,7 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path}: damaged, not a whole safetensors file: {error}; copy or train it again") from None
 
 
-def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 

@@ -91,9 +91,7 @@ def linears(arch: Arch) -> list[str]:
     and the head.
     """
     num_experts = {
-        int(module.num_experts)
-        for module in arch.layers.modules()
-        if isinstance(getattr(module, "num_experts", None), int)
+        experts for module in arch.layers.modules() if isinstance(experts := getattr(module, "num_experts", None), int)
     }
     return [
         f"{arch.layers_path}.{name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -48,7 +49,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     device = resolve_device(config.device)
     full_config = AutoConfig.from_pretrained(source, revision=revision)
     text_config = arch.text_config(full_config)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         revision=revision,
         config=text_config,
@@ -58,6 +59,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         quantization_config=_quantization(full_config) if config.precision == "nf4" else None,
         output_loading_info=True,
     )
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
             f"{name}: the checkpoint lacks or misshapes weights of {type(model).__name__}: "
@@ -84,7 +86,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Otherwise the first forward without gradients repacks the 4-bit weights for good, and gradients go wrong.
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - modules declare no such name
     return model
 
 
