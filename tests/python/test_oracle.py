@@ -75,6 +75,12 @@ def test_reading_equals_the_library_with_the_adapter_off(oracle, bare, context):
         activations.at(1)
 
 
+def test_a_read_leaves_the_adapter_as_it_was(oracle):
+    oracle.read(OTHER)
+    assert not any(parameter.requires_grad for parameter in oracle.model.parameters())
+    assert not oracle.model.training
+
+
 def test_positions_choose_tokens(oracle):
     whole = oracle.read([USER])
     some = oracle.read([USER], positions=[2, -1])

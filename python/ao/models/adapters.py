@@ -126,6 +126,8 @@ def as_target(model: nn.Module) -> Iterator[None]:
     """
     layers = _lora_layers(model)
     before, was_training = [layer.disable_adapters for layer in layers], model.training
+    # Switching an adapter on makes it trainable, also one that was frozen.
+    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     model.eval()
     for layer in layers:
         layer.enable_adapters(False)
@@ -137,6 +139,8 @@ def as_target(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         for layer, was_off in zip(layers, before, strict=True):
             layer.enable_adapters(not was_off)
+        for parameter, was_trainable in trainable:
+            parameter.requires_grad_(was_trainable)
 
 
 @contextmanager
