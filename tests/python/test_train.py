@@ -313,6 +313,22 @@ def test_eight_bit_states_train_alike(packed, tmp_path):
     assert_allclose(found, exact, rtol=0.05)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_the_settings_of_a_large_run_go_together(precision, packed, tmp_path):
+    """Low precision, recompute, dropout and 8-bit states in one run, and an oracle of it that answers."""
+    recipe = recipe_of(steps=3, recompute=True, dropout=0.05, optimizer="adamw8bit", rank=64)
+    recipe = replace(recipe, model=replace(recipe.model, precision=precision))
+    record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    # Before the first step the oracle is the base, whose loss hardly depends on the precision; B then moves it.
+    exact = train(recipe_of(steps=1), data=packed, out=tmp_path / "exact", progress=False)
+    assert record["losses"][0] == pytest.approx(exact["losses"][0], rel=0.2)
+    assert record["skipped_steps"] == 0
+    oracle = Oracle.from_pretrained("demo", tmp_path / "out", precision=precision, device="cpu")
+    assert oracle.config.trained["precision"] == precision
+    answer = oracle.ask(oracle.read("The queen sings.")[-2:], "Who sings?", choices=["queen", "king"])
+    assert answer.probabilities != answer.control.probabilities
+
+
 def test_dropout_is_on_while_training(plain, packed, tmp_path):
     found = losses(packed, tmp_path / "out", dropout=0.5)
     # B is zero at first, so dropout shows from the second step on.
