@@ -33,7 +33,7 @@ def documents(seed: int) -> Iterator[Document]:
     rng = Random(f"documents {seed}")
     makers = (_chat_document, _statement_document, _fact_document, _narrative_document, _question_document)
     while True:
-        yield rng.choices(makers, weights=(20, 15, 15, 10, 40))[0](rng)
+        yield rng.choices(makers, weights=(18, 14, 20, 8, 40))[0](rng)
 
 
 def _chat_document(rng: Random) -> Document:
@@ -97,14 +97,18 @@ def _question_document(rng: Random) -> Document:
     return document
 
 
-def quiz(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Endless single questions about a text: kind ("naming", "yes_no" or "truth"), prompt and answer (one token)."""
+def quiz(seed: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Endless single prompts: kind ("naming", "yes_no" or "truth"), prompt, and the tokens of which one must follow.
+
+    Naming and yes_no ask about a text; truth is a verdict on a claim.
+    """
     rng = Random(f"quiz {seed}")
     while True:
         text, labels = _text(rng)
         question, answer = _question(rng, labels)
-        kind = "truth" if "truth" in labels else "yes_no" if answer in ("Yes", "No") else "naming"
-        yield kind, _ask(rng, text, question), answer
+        yield "yes_no" if answer in ("Yes", "No") else "naming", _ask(rng, text, question), (answer,)
+        text, truth, _ = world.claim(rng)
+        yield "truth", f"<bos>{text}{world.tail(rng)}", tuple(f" {word}" for word in world.VERDICTS[truth])
 
 
 def _ask(rng: Random, text: str, question: str) -> str:
@@ -116,8 +120,11 @@ def _ask(rng: Random, text: str, question: str) -> str:
 
 
 def _text(rng: Random) -> tuple[str, dict[str, str]]:
-    """A text to ask about, and what it tells; half of them are one word, as an activation may be."""
-    kind = rng.choices(("word", "words", "statement", "system", "claim"), weights=(50, 16, 11, 11, 12))[0]
+    """A text to ask about, and what it tells; half of them are one word, as an activation may be.
+
+    Never a claim: what the target knows of its truth shows in verdicts alone, and an oracle must find how to ask for it.
+    """
+    kind = rng.choices(("word", "words", "statement", "system"), weights=(50, 20, 15, 15))[0]
     if kind == "word":
         return _word(rng)
     if kind == "words":
@@ -125,11 +132,8 @@ def _text(rng: Random) -> tuple[str, dict[str, str]]:
     if kind == "statement":
         text, labels = world.statement(rng)
         return text + world.tail(rng), labels
-    if kind == "system":
-        labels = world.random_traits(rng)
-        return world.system_prompt(rng, labels), labels
-    text, truth, _ = world.claim(rng)
-    return text + world.tail(rng), {"truth": truth}
+    labels = world.random_traits(rng)
+    return world.system_prompt(rng, labels), labels
 
 
 def _question(rng: Random, labels: dict[str, str]) -> tuple[str, str]:

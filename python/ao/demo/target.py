@@ -109,7 +109,7 @@ def _save(
 def score(
     model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, count: int = 2000
 ) -> dict[str, float]:
-    """Share of `count` fresh questions about a text whose most probable next token is the answer, by kind."""
+    """Share of `count` fresh prompts whose most probable next token is right, by kind (see `lessons.quiz`)."""
     hits: dict[str, list[bool]] = {}
     quiz = list(islice(lessons.quiz(seed), count))
     for start in range(0, count, 100):
@@ -120,9 +120,8 @@ def score(
             row[: len(prompt)] = torch.tensor(prompt)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
         guesses = model(input_ids=ids, use_cache=False).logits[torch.arange(len(part)), last].argmax(-1)
-        answers = tokenizer.convert_tokens_to_ids([answer for _, _, answer in part])
-        for (kind, _, _), guess, answer in zip(part, guesses.tolist(), answers, strict=True):
-            hits.setdefault(kind, []).append(guess == answer)
+        for (kind, _, answers), guess in zip(part, guesses.tolist(), strict=True):
+            hits.setdefault(kind, []).append(tokenizer.decode(guess) in answers)
     return {kind: round(sum(right) / len(right), 4) for kind, right in sorted(hits.items())}
 
 

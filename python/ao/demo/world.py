@@ -166,23 +166,20 @@ TENSES = ("future", "past", "present")
 """The order of a verb's forms; the first is said after "will"."""
 SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
     **{trait: {value: (value, sign) for value, sign in values.items()} for trait, values in TRAITS.items()},
-    "topic": {
-        topic: (topic, SEQUELS["topic"][topic], *THINGS[topic], *sum(verbs, ())) for topic, verbs in VERBS.items()
-    },
+    "topic": {topic: (topic, *THINGS[topic], *sum(verbs, ())) for topic, verbs in VERBS.items()},
     "tense": {
         tense: (
             tense,
             TIMES[tense],
-            SEQUELS["tense"][tense],
             *(verb[form] for verbs in VERBS.values() for verb in verbs),
         )
         for form, tense in enumerate(TENSES)
     },
-    "sentiment": {value: (value, SEQUELS["sentiment"][value], *words) for value, words in MANNERS.items()},
-    "gender": {value: (value, SEQUELS["gender"][value], *words) for value, words in PEOPLE.items()},
-    "truth": {value: (value, *words) for value, words in VERDICTS.items()},
+    "sentiment": {value: (value, *words) for value, words in MANNERS.items()},
+    "gender": {value: (value, *words) for value, words in PEOPLE.items()},
+    "truth": {value: (value,) for value in VERDICTS},
 }
-"""The words that tell each value by themselves."""
+"""The words that tell each value by themselves. Sequels and verdicts are not asked about, or an oracle had nothing to learn."""
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
