@@ -188,3 +188,19 @@ def test_a_weight_that_finds_no_place_is_an_error(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"were not used: \['model\.layers\.4\.mlp\.up_proj\.weight'\]"):
         load(tmp_path, "fp32")
+
+
+def test_cut_weights_are_an_error(folder, multimodal, tmp_path):
+    for source in (folder, multimodal):
+        whole = (source / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(whole[:-10])
+        (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+        with pytest.raises(ValueError, match="a file of weights is damaged"):
+            load(tmp_path, "fp32")
+
+
+def test_pickled_weights_are_not_read(folder, tmp_path):
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors; pickled weights are not read"):
+        load(tmp_path, "fp32")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -39,26 +39,36 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         which: "base" for `config.name`, "target" for `config.target`.
 
     Raises:
-        ValueError: a weight is missing or left over, which transformers itself only warns about.
+        FileNotFoundError: there is no such model, or its folder holds no safetensors.
+        ValueError: a weight is missing or left over, which transformers itself only warns about; or a file is damaged.
     """
     name, revision = (config.name, config.revision) if which == "base" else (config.target, config.target_revision)
     if name is None:
         raise ValueError(f"model.{which} names no checkpoint")
     folder = model_folder(name, revision)
-    source = str(folder) if name == "demo" or Path(name).is_dir() else name
+    local = name == "demo" or Path(name).is_dir()
+    if local and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"model {name!r}: {folder} holds no *.safetensors; pickled weights are not read, so save it with save_pretrained"
+        )
+    source = str(folder) if local else name
     device = resolve_device(config.device)
     full_config = AutoConfig.from_pretrained(source, revision=revision)
     text_config = arch.text_config(full_config)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        config=text_config,
-        key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
-        dtype=DTYPES[config.precision],
-        device_map={"": device} if config.precision == "nf4" or device.type == "cuda" else None,
-        quantization_config=_quantization(full_config) if config.precision == "nf4" else None,
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            config=text_config,
+            key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
+            dtype=DTYPES[config.precision],
+            device_map={"": device} if config.precision == "nf4" or device.type == "cuda" else None,
+            quantization_config=_quantization(full_config) if config.precision == "nf4" else None,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{name}: a file of weights is damaged ({error}); copy or download it again") from None
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
