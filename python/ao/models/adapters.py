@@ -127,7 +127,7 @@ def as_target(model: nn.Module) -> Iterator[None]:
     layers = _lora_layers(model)
     before, was_training = [layer.disable_adapters for layer in layers], model.training
     # Switching an adapter on makes it trainable, also one that was frozen.
-    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     for layer in layers:
         layer.enable_adapters(False)
