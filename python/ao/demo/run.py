@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -31,11 +32,13 @@ def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = Fa
     Returns:
         The report, as in report.json.
     """
-    from transformers.utils.logging import disable_progress_bar
+    import torch
 
     from ao.memory import PeakMemory
 
-    disable_progress_bar()
+    _quiet_libraries()
+    # A model this small is faster on one thread, many times so where the machine is busy.
+    torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     with PeakMemory() as memory:
         with stage(seconds, "target"):
@@ -52,7 +55,8 @@ def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = Fa
 
 @contextmanager
 def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Time a stage and say on stderr what begins."""
+    """Time a stage, and say on stderr what begins."""
+    sys.stderr.write(f"-- {name}\n")
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
@@ -62,7 +66,16 @@ def train_rank(recipe: Recipe, data: Path, out: Path) -> None:
     """What each training process runs."""
     from ao.train import train
 
+    _quiet_libraries()
     train(recipe, data=data, out=out)
+
+
+def _quiet_libraries() -> None:
+    """No bar for loading a megabyte, no warning of a 4-bit kernel that nothing here needs."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _target(out: Path, rebuild: bool) -> str:
@@ -85,6 +98,8 @@ def _prepare(out: Path, seed: int, target: str) -> Recipe:
     for part, folder in (("data", out / "packed"), ("train", out / "adapter"), ("eval", out)):
         values[part] |= {"seed": seed, "out": str(folder)}
     recipe = parse_recipe(values, origin=str(RECIPE))
+    if out.exists() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
+        raise FileExistsError(f"{out} holds files, but no recipe.toml of an earlier demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("packed", "tasks", "adapter"):
         shutil.rmtree(out / stale, ignore_errors=True)
