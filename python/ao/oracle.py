@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ao import _ao, decode
+from ao.activations import Activations, Answer, spread, together
 from ao.checkpoint import OracleConfig, read_config
 from ao.config import ModelConfig
 from ao.decode import OraclePrompt
@@ -31,80 +32,6 @@ from ao.selftest import check_model
 Context = str | Sequence[dict[str, str]]
 """Raw text, or chat messages with `role` and `content`."""
 Control = Literal["no_activation", "shuffled", "text"]
-
-
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """Residuals of one context, at some layers, of some or all of its tokens.
-
-    Indexing selects tokens: `acts[-10:]`, `acts[3]`, `acts[[0, 5]]`.
-    """
-
-    values: torch.Tensor
-    """Raw residuals [T, L, D]."""
-    layers: tuple[int, ...]
-    """Layer of each column: layer k is the output of block k."""
-    positions: np.ndarray
-    """Index of each token in the context, [T]."""
-    context_ids: np.ndarray
-    """The whole context."""
-    context_text: str
-    """The whole context as text, turn marks included."""
-    spans: np.ndarray
-    """Code points of `context_text` that each token covers, [T, 2]; tokens that share a character all cover it."""
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, which: int | slice | Sequence[int]) -> Activations:
-        chosen = np.atleast_1d(np.arange(len(self))[which]).copy()
-        if len(chosen) == 0:
-            raise IndexError(f"no token left: {which} of {len(self)} tokens")
-        return replace(
-            self,
-            values=self.values[torch.from_numpy(chosen)],
-            positions=self.positions[chosen],
-            spans=self.spans[chosen],
-        )
-
-    def at(self, layer: int) -> torch.Tensor:
-        """Residuals [T, D] of one layer."""
-        if layer not in self.layers:
-            raise ValueError(f"layer {layer} was not read; read: {', '.join(map(str, self.layers))}")
-        return self.values[:, self.layers.index(layer)]
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """Text of each token."""
-        return tuple(self.context_text[start:stop] for start, stop in self.spans)
-
-    @property
-    def text(self) -> str:
-        """The tokens as text; a character that neighbours share stands there once."""
-        pieces, (last, end) = [], (0, 0)
-        for start, stop in self.spans.tolist():
-            pieces.append(self.context_text[end if last <= start < end else start : stop])
-            last, end = start, stop
-        return "".join(pieces)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the oracle said."""
-
-    text: str
-    """The answer; among choices the most probable one."""
-    layer: int
-    """Layer it was read from."""
-    confidence: float | None = None
-    """Probability of the choice among the choices, or share of samples that agree; None for one greedy answer."""
-    probabilities: dict[str, float] = field(default_factory=dict)
-    """Probability of each choice, where there were choices."""
-    control: Answer | None = None
-    """The same question without these activations."""
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Oracle:
@@ -241,7 +168,7 @@ class Oracle:
         question: str,
         *,
         choices: Sequence[str] | None = None,
-        layer: int | float | Literal["all"] | None = None,
+        layer: int | float | Sequence[int | float] | Literal["all"] | None = None,
         control: Control | None = "no_activation",
         other: Activations | None = None,
         samples: int = 0,
@@ -254,7 +181,8 @@ class Oracle:
             activations: what to ask about; every token of it takes one placeholder.
             question: in plain language.
             choices: restrict the answer to these; gives probabilities and a confidence.
-            layer: index or depth; the adapter's default without one; "all" for an answer each.
+            layer: index or depth; several for one prompt that shows all of them, where the adapter was trained so; the
+                adapter's default without any; "all" for an answer from each that was read.
             control: the same question beside it: "no_activation" leaves the hook off, "text" shows the tokens as text
                 instead, special ones left out, "shuffled" injects the activations of `other`; None asks no control.
             other: another context's activations, for the shuffled control.
@@ -264,31 +192,25 @@ class Oracle:
         """
         if control is not None and control not in get_args(Control):
             raise ValueError(f"control: expected {', '.join(get_args(Control))} or None, got {control!r}")
-        if layer == "all":
-            layers = activations.layers
-        elif layer is None:
-            layers = (
-                self.config.default_layer if self.config.default_layer in activations.layers else activations.layers[0],
-            )
-        else:
-            layers = (resolve_layer(layer, self.arch.num_layers),)
+        shown_together = self._combinations(activations, layer)
         if control == "shuffled" and other is None:
             raise ValueError("control: shuffled needs the activations of another context, given as other=")
-        prompts = [self._prompt(question, each, activations.at(each)) for each in layers]
-        answers = self._answer(prompts, layers, choices, samples, temperature, max_new_tokens)
+        prompts = [self._prompt(question, layers, together(activations, layers)) for layers in shown_together]
+        answers = self._answer(prompts, shown_together, choices, samples, temperature, max_new_tokens)
         if control is None:
             return answers if layer == "all" else answers[0]
         ids = activations.context_ids[activations.positions]
         shown = self.framer.decode(ids[~np.isin(ids, self.special_ids)].astype(np.int32))
         beside = []
-        for each, prompt in zip(layers, prompts, strict=True):
+        for layers, prompt in zip(shown_together, prompts, strict=True):
             if control == "text":
-                beside.append(self._prompt(f"{shown}\n{question}", each, None, num=len(activations)))
+                beside.append(self._prompt(f"{shown}\n{question}", layers, None, num=len(activations)))
             elif control == "shuffled" and other is not None:
-                beside.append(replace(prompt, vectors_KD=spread(other.at(each), len(activations))))
+                vectors = [spread(other.at(each), len(activations)) for each in layers]
+                beside.append(replace(prompt, vectors_KD=torch.cat(vectors)))
             else:
                 beside.append(replace(prompt, vectors_KD=None))
-        controls = self._answer(beside, layers, choices, samples, temperature, max_new_tokens)
+        controls = self._answer(beside, shown_together, choices, samples, temperature, max_new_tokens)
         both = [replace(answer, control=other_answer) for answer, other_answer in zip(answers, controls, strict=True)]
         return both if layer == "all" else both[0]
 
@@ -299,7 +221,7 @@ class Oracle:
         tokens that say nothing; naming the right one among several is the clearer picture.
         """
         prompts = [
-            self._prompt(question, layer, activations.values[token : token + 1, column])
+            self._prompt(question, (layer,), activations.values[token : token + 1, column])
             for token in range(len(activations))
             for column, layer in enumerate(activations.layers)
         ]
@@ -381,17 +303,33 @@ class Oracle:
             )
         return [self.framer.decode(answer.astype(np.int32)).strip() for answer in ids]
 
+    def _combinations(self, activations: Activations, layer: Any) -> list[tuple[int, ...]]:
+        """The layers of each prompt that is asked."""
+        read = activations.layers
+        trained = [layers for layers in self.config.layer_combinations if set(layers) <= set(read)]
+        trained.sort(key=lambda layers: [read.index(each) for each in layers])
+        if layer == "all":
+            return trained or [(each,) for each in read]
+        if layer is None:
+            default = (self.config.default_layer,)
+            return [default if default in trained or not trained else trained[0]]
+        several = layer if isinstance(layer, Sequence) else [layer]
+        return [tuple(resolve_layer(each, self.arch.num_layers) for each in several)]
+
     def _prompt(
-        self, question: str, layer: int, vectors_KD: torch.Tensor | None, *, num: int | None = None
+        self, question: str, layers: tuple[int, ...], vectors_KD: torch.Tensor | None, *, num: int | None = None
     ) -> OraclePrompt:
-        if (layer,) not in self.config.layer_combinations:
+        """A prompt that shows some layers of `num` tokens, or of as many as there are vectors for each layer."""
+        if layers not in self.config.layer_combinations:
             trained = ", ".join(str(list(combination)) for combination in self.config.layer_combinations)
-            raise ValueError(f"layer {layer}: the adapter was not trained to read it; trained: {trained}")
+            raise ValueError(
+                f"layer {', '.join(map(str, layers))}: the adapter was not trained to read it; trained: {trained}"
+            )
         if vectors_KD is not None:
-            check_vectors(vectors_KD, f"layer {layer}")
-            num = len(vectors_KD)
+            check_vectors(vectors_KD, f"layer {', '.join(map(str, layers))}")
+            num = len(vectors_KD) // len(layers)
         assert num is not None, "a prompt without vectors needs their number"
-        framed = self.framer.prompt([layer], num, question)
+        framed = self.framer.prompt(list(layers), num, question)
         return OraclePrompt(_ids(framed.ids), _ids(framed.placeholders), vectors_KD)
 
     def _choice_ids(self, choices: Sequence[str]) -> list[np.ndarray]:
@@ -409,12 +347,13 @@ class Oracle:
     def _answer(
         self,
         prompts: Sequence[OraclePrompt],
-        layers: Sequence[int],
+        shown_together: Sequence[tuple[int, ...]],
         choices: Sequence[str] | None,
         samples: int,
         temperature: float,
         max_new_tokens: int,
     ) -> list[Answer]:
+        layers = [several if len(several) > 1 else several[0] for several in shown_together]
         if choices is not None:
             found = self.choice_log_probs(prompts, [list(choices)] * len(prompts))
             answers = []
@@ -438,12 +377,6 @@ class Oracle:
             return answers
         texts = self.generate(prompts, max_new_tokens=max_new_tokens)
         return [Answer(text, layer) for text, layer in zip(texts, layers, strict=True)]
-
-
-def spread(vectors_KD: torch.Tensor, num: int) -> torch.Tensor:
-    """`num` vectors evenly spaced over those given, repeated where there are fewer."""
-    where = np.linspace(0, len(vectors_KD) - 1, num).round().astype(np.int64)
-    return vectors_KD[torch.from_numpy(where).to(vectors_KD.device)]
 
 
 def softmax(log_probs: np.ndarray) -> np.ndarray:

@@ -177,6 +177,22 @@ class PackedDataset:
         """What each datapoint reads of the target, as an index into `KINDS`, uint8 [N]."""
         return self._column(lambda shard: shard.arrays["kind"])
 
+    @cached_property
+    def layer_combinations(self) -> list[tuple[int, ...]]:
+        """Every set of layers that one prompt shows, in its order."""
+        found: set[tuple[int, ...]] = set()
+        for shard in self._shards:
+            layers, offsets = shard.arrays["layers"], shard.arrays["placeholder_offsets"]
+            begins = np.append(True, layers[1:] != layers[:-1])
+            begins[offsets[:-1]] = True
+            where = np.flatnonzero(begins)
+            datapoint = np.searchsorted(offsets, where, side="right") - 1
+            several = np.bincount(datapoint)[datapoint] > 1
+            found |= {(int(layer),) for layer in np.unique(layers[where[~several]])}
+            splits = np.flatnonzero(np.diff(datapoint[several])) + 1
+            found |= {tuple(runs.tolist()) for runs in np.split(layers[where[several]], splits) if len(runs)}
+        return sorted(found)
+
     def _column(self, column: Any) -> np.ndarray:
         return np.concatenate([column(shard) for shard in self._shards])
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
             check_model(each, archs.find(each), [dataset[index].context_ids for index in range(min(4, len(dataset)))])
         arch, target_arch = archs.find(model), archs.find(target)
         peft = add_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+        # Every rank begins with the same adapter, and from here on drops units of its own.
+        torch.manual_seed(config.seed + here.rank)
         injector = Injector(
             arch.layers,
             layer=config.injection_layer,
@@ -170,6 +173,7 @@ def loop(
     return {
         "steps": step,
         "ranks": here.world,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": losses,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **totals,
@@ -249,14 +253,13 @@ def write(
 ) -> None:
     """Write the adapter, its contract, the resolved recipe and the training record."""
     config = recipe.train
-    combinations = sorted({tuple(dict.fromkeys(point.layers.tolist())) for point in dataset})
     contract = OracleConfig(
         model=recipe.model.name,
         injection=config.injection,
         injection_layer=config.injection_layer,
         injection_scale=config.injection_scale,
         rescale=config.rescale,
-        layer_combinations=tuple(combinations),
+        layer_combinations=tuple(dataset.layer_combinations),
         num_layers=arch.num_layers,
         framing=framer(recipe.model.name, recipe.model.revision).fingerprint,
         trained={

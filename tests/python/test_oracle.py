@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,22 @@ def test_a_layer_that_training_did_not_show_is_refused(oracle):
         oracle.ask(activations, QUESTION, layer=1)
     with pytest.raises(ValueError, match="layer 6 is out of range"):
         oracle.ask(activations, QUESTION, layer=6)
+
+
+def test_several_layers_in_one_prompt_where_the_adapter_was_trained_so(demo_adapter):
+    oracle = Oracle.from_pretrained("demo", demo_adapter, device="cpu")
+    oracle.config = replace(oracle.config, layer_combinations=((1, 3), (4,)))
+    acts = oracle.read([SYSTEM, USER])[-2:]
+    answer = oracle.ask(acts, QUESTION, choices=CHOICES, layer=(1, 3))
+    framed = oracle.framer.prompt([1, 3], 2, QUESTION)
+    vectors = torch.cat([acts.values[:, 0], acts.values[:, 1]])
+    prompt = OraclePrompt(np.asarray(framed.ids), np.asarray(framed.placeholders), vectors)
+    (expected,) = oracle.choice_log_probs([prompt], [CHOICES])
+    assert_allclose(list(answer.probabilities.values()), np.exp(expected) / np.exp(expected).sum(), rtol=1e-6)
+    assert answer.layer == (1, 3)
+    assert [each.layer for each in oracle.ask(acts, QUESTION, choices=CHOICES, layer="all")] == [(1, 3), 4]
+    with pytest.raises(ValueError, match="layer 1, 4: the adapter was not trained"):
+        oracle.ask(acts, QUESTION, layer=(1, 4))
 
 
 def test_a_vector_without_direction_is_refused(oracle):

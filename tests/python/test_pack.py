@@ -71,6 +71,7 @@ def test_datapoints_equal_the_reference(tmp_path: Path, model: str, name: str, l
     data = pack_records(tmp_path, name, RECORDS, layers_per_example=layers_per_example)
     reference = Reference(model_folder(name), end_of_turn="<turn|>" if name == "demo" else "<|stop|>")
     assert [datapoint.id for datapoint in data] == [example["id"] for example in RECORDS]
+    assert data.layer_combinations == sorted({tuple(dict.fromkeys(datapoint.layers.tolist())) for datapoint in data})
     for example, datapoint in zip(RECORDS, data, strict=True):
         readable = reference.readable(example)
         layers = list(dict.fromkeys(datapoint.layers.tolist()))

@@ -20,7 +20,7 @@ ROWS = [
     {"train", "eval"},
     {"oracle", "pack", "plots"},
     {"decode", "selftest"},
-    {"residuals", "loss", "checkpoint", "shards", "distributed", "memory"},
+    {"residuals", "loss", "activations", "checkpoint", "shards", "distributed", "memory"},
     {"batch"},
     {"injection", "attention"},
     {"models"},

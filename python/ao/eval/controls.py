@@ -107,7 +107,7 @@ def fitted(item: Item, vectors_KD: torch.Tensor) -> torch.Tensor:
     """Another item's vectors, made as many as the item has placeholders: evenly spaced ones, in order, for each layer."""
     import torch
 
-    from ao.oracle import spread
+    from ao.activations import spread
 
     num_layers = len(item.layers)
     num_wanted = len(item.placeholders) // num_layers

@@ -112,6 +112,8 @@ def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: d
     settings["target_modules"] = sorted(
         {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
     )
+    # Without its contract an adapter is refused, so a crash in between cannot leave new weights under an old one.
+    (folder / "ao_config.json").unlink(missing_ok=True)
     write_atomic(folder / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
     write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
     write_atomic(folder / "ao_config.json", json.dumps(json.loads(canonical_json(ao_config)), indent=2) + "\n")

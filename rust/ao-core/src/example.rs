@@ -154,15 +154,13 @@ impl Layer {
                 (num_layers as f64 * percent / 100.0) as i64
             }
         };
-        usize::try_from(index)
-            .ok()
-            .filter(|&index| index < num_layers)
-            .ok_or_else(|| {
-                Error::input(format!(
-                    "layer {self:?} is layer {index} of a model with {num_layers} layers: give 0..{}, or a depth from 0 to below 1",
-                    num_layers.saturating_sub(1)
-                ))
-            })
+        usize::try_from(index).ok().filter(|&index| index < num_layers).ok_or_else(|| {
+            Error::input(format!(
+                "layer {index} is out of range: the model has layers 0 to {}; give one of them, or a depth from 0 to \
+                     below 1",
+                num_layers.saturating_sub(1)
+            ))
+        })
     }
 }
 
