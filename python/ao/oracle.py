@@ -353,7 +353,7 @@ class Oracle:
         temperature: float,
         max_new_tokens: int,
     ) -> list[Answer]:
-        layers = [several if len(several) > 1 else several[0] for several in shown_together]
+        layers = [several if len(several) > 1 else next(iter(several)) for several in shown_together]
         if choices is not None:
             found = self.choice_log_probs(prompts, [list(choices)] * len(prompts))
             answers = []
