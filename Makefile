@@ -46,5 +46,5 @@ test: lint ## everything that CI checks
 bench: install ## every benchmark
 	cargo bench --quiet
 
-clean: ## remove what was built
-	rm -rf $(VENV) target runs python/ao/_ao*.so
+clean: ## remove what was built, not what was trained
+	rm -rf $(VENV) target python/ao/_ao*.so

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ao.injection import RULES
 from ao.manifest import read_manifest
 
@@ -97,6 +99,7 @@ class OracleConfig:
         Raises:
             ValueError: another schema, another prompt prefix, a layer outside the base, or no injection rule.
         """
+        values = _checked(values, origin)
         if values.get("schema_version") != SCHEMA:
             raise ValueError(f"{origin}: schema_version: expected {SCHEMA}, got {values.get('schema_version')!r}")
         prefix = values.get("prefix_template", PREFIX_TEMPLATE).replace("\\n", "\n")
@@ -144,6 +147,32 @@ class OracleConfig:
                 f"{config.injection_layer} written, but the loaded base has {num_layers}; load the base {config.model!r}"
             )
         return config
+
+
+class _Published(TypedDict, total=False):
+    """The keys of the file that are read, and their types; others may stand beside them."""
+
+    schema_version: int
+    model_name: str
+    hook_onto_layer: int
+    layer_combinations: list[list[float]]
+    act_layer_combinations: list[list[int]]
+    special_token: str
+    prefix_template: str
+    steering_coefficient: float
+    ao: dict[str, Any]
+
+
+def _checked(values: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(_Published).validate_python(values, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{origin}: {where}: {first['msg']}, got {first['input']!r}; mend the file") from None
+    return values
 
 
 def read_config(folder: str | Path, *, num_layers: int, injection: str | None = None) -> OracleConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,6 +72,8 @@ class Eval:
     """Folder or Hub id of the adapter; train.out of the recipe without one."""
     out: Path | None = None
     """Folder of records and report, instead of eval.out."""
+    fail_under: float | None = None
+    """Exit with 1 if the lower end of any task's gain interval lies below this."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -137,8 +140,6 @@ def pack_main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
-    # It warns of a missing optional kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     handlers: dict[type, Callable[..., dict[str, Any]]] = {
         Pack: _pack,
@@ -165,9 +166,17 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         _fail(error, 3, as_json)
     except KeyboardInterrupt:
         _fail(KeyboardInterrupt("interrupted"), 130, as_json)
+    except Exception as error:  # noqa: BLE001 - a crash keeps its traceback, but must not exit with 1, which is a verdict
+        traceback.print_exc()
+        _fail(error, 3, as_json)
     else:
         if command.json and result:
             print(json.dumps(result))
+        if isinstance(command, Eval) and command.fail_under is not None:
+            short = [task["name"] for task in result["tasks"] if task["gain_interval"][0] < command.fail_under]
+            if short:
+                print(f"gain below {command.fail_under}: {', '.join(short)}", file=sys.stderr)
+                raise SystemExit(1)
 
 
 def _fail(error: BaseException, code: int, as_json: bool) -> None:
@@ -243,6 +252,7 @@ def _eval(command: Eval) -> dict[str, Any]:
         command.adapter or recipe.train.out,
         target=model.target,
         revision=model.revision,
+        target_revision=model.target_revision,
         precision=model.precision,
         device=model.device,
     )
@@ -258,6 +268,8 @@ def _ask(command: Ask) -> dict[str, Any]:
     from ao.oracle import Oracle
     from ao.probes import Probe
 
+    if not command.prompt.strip() or not command.question.strip():
+        raise ValueError("the prompt and the question must not be empty; say what to read and what to ask about it")
     oracle = Oracle.from_pretrained(command.base, command.adapter, target=command.target, precision=command.precision)
     context: Any = command.prompt
     if command.raw and command.system is not None:

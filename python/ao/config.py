@@ -246,6 +246,9 @@ class TrainConfig(Config):
         for name in ("steps", "examples_per_step", "rank", "alpha", "tokens_per_row", "window", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "injection_scale", "rescale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup is a share of the steps, got {self.warmup}")
         if not 0 <= self.dropout < 1:
@@ -270,6 +273,8 @@ class TaskConfig(Config):
     """Layers read; with several, one drawn per example."""
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"eval task {self.name!r}: count must be positive, got {self.count}")
         if not self.sources:
             raise ValueError(f"eval task {self.name!r} has no source")
 
@@ -288,6 +293,11 @@ class EvalConfig(Config):
     """Resamples of the items for each interval."""
     max_new_tokens: int = 64
     """Longest generated answer."""
+
+    def __post_init__(self) -> None:
+        for name in ("bootstrap", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,7 @@ class Oracle:
         *,
         target: str | None = None,
         revision: str | None = None,
+        target_revision: str | None = None,
         load_in_4bit: bool = False,
         precision: Literal["nf4", "bf16", "fp32"] | None = None,
         device: str = "auto",
@@ -86,6 +87,7 @@ class Oracle:
             adapter: folder or Hub id of the adapter with its `ao_config.json`.
             target: checkpoint to read where that is another, fully tuned model; else the base with the adapter off.
             revision: of the base.
+            target_revision: of the target.
             load_in_4bit: NF4 with double quantization.
             precision: of the frozen weights; bf16 without one ("demo": fp32).
             device: "auto", "cpu", "cuda" or "cuda:N".
@@ -96,7 +98,14 @@ class Oracle:
                 or an adapter whose B is zero.
         """
         precision = precision or ("nf4" if load_in_4bit else "fp32" if base == "demo" else "bf16")
-        model_config = ModelConfig(name=base, revision=revision, target=target, precision=precision, device=device)
+        model_config = ModelConfig(
+            name=base,
+            revision=revision,
+            target=target,
+            target_revision=target_revision,
+            precision=precision,
+            device=device,
+        )
         # What takes a moment is checked before the weights are loaded.
         folder = adapter_folder(adapter)
         config = read_config(folder, num_layers=num_layers(base, revision), injection=injection)
@@ -111,7 +120,7 @@ class Oracle:
             require_match(
                 f"target {target!r}: the base has",
                 expected=text.fingerprint,
-                got=framer(target).fingerprint,
+                got=framer(target, target_revision).fingerprint,
                 remedy="contexts are framed as the base's, so both must be of one family",
             )
         model = load_model(model_config)
@@ -193,6 +202,10 @@ class Oracle:
         if control is not None and control not in get_args(Control):
             raise ValueError(f"control: expected {', '.join(get_args(Control))} or None, got {control!r}")
         shown_together = self._combinations(activations, layer)
+        if samples < 0 or (samples and choices is not None):
+            raise ValueError(f"samples: expected a positive number and no choices, got {samples} and choices {choices}")
+        if not question.strip():
+            raise ValueError("the question is empty; say what to ask about the activations")
         if control == "shuffled" and other is None:
             raise ValueError("control: shuffled needs the activations of another context, given as other=")
         prompts = [self._prompt(question, layers, together(activations, layers)) for layers in shown_together]

@@ -142,7 +142,12 @@ class PackedDataset:
             shards.append(_Shard(file, num_bytes=entry["bytes"], num_datapoints=entry["datapoints"]))
             if verify:
                 _ao.verify_shard(str(file), entry["sha256"])
-        return cls(folder, manifest=manifest, shards=shards)
+        data = cls(folder, manifest=manifest, shards=shards)
+        if (expected := manifest["counts"]["datapoints"]) != len(data):
+            raise ValueError(
+                f"{folder}: manifest.json counts {expected} datapoints, its shards hold {len(data)}; rerun ao-pack"
+            )
+        return data
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -31,7 +30,7 @@ from ao.loss import answer_loss, labels_of
 from ao.manifest import write_atomic
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, save_adapter
-from ao.models.load import enable_recompute, fuse_norms, load_model, resolve_device
+from ao.models.load import adamw8bit, enable_recompute, fuse_norms, load_model, resolve_device
 from ao.prompt import fingerprints, framer
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
@@ -50,12 +49,14 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
         The training record, also written to `training.json`: losses, seconds, counts, versions.
 
     Raises:
+        FileExistsError: `out` holds something else than an adapter.
         ValueError: the data set was packed for another tokenizer, template or target, or reads what cannot be collected.
     """
     config, data, out = recipe.train, Path(data), Path(out)
     torch.manual_seed(config.seed)
     with ranks(resolve_device(recipe.model.device)) as here:
-        dataset = PackedDataset.open(data)
+        require_free(out)
+        dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         if len(others := np.flatnonzero(dataset.kinds)):
             point = dataset[int(others[0])]
@@ -90,6 +91,14 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
         if here.first:
             write(recipe, peft, arch, dataset, record, out)
         return {**record, "first_rank": here.first}
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder that holds something else than an earlier adapter."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another --out")
+    if out.exists() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
+        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
 
 
 def loop(
@@ -224,7 +233,7 @@ def look_ahead(
     return {point.id: vectors_PD[first:end] for point, first, end in zip(points, offsets, offsets[1:], strict=False)}
 
 
-def setup_optimizer(peft: PeftModel, config: TrainConfig) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+def setup_optimizer(peft: torch.nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, torch.Tensor]:
     """AdamW over the adapter, and the one flat buffer that all its gradients are views of."""
     parameters = [parameter for parameter in peft.parameters() if parameter.requires_grad]
     flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
@@ -234,9 +243,7 @@ def setup_optimizer(peft: PeftModel, config: TrainConfig) -> tuple[torch.optim.O
         first += parameter.numel()
     settings = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **settings), flat
+        return adamw8bit(parameters, **settings), flat
     return torch.optim.AdamW(parameters, **settings, fused=True), flat
 
 
@@ -249,7 +256,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def write(
-    recipe: Recipe, peft: PeftModel, arch: archs.Arch, dataset: PackedDataset, record: dict[str, Any], out: Path
+    recipe: Recipe, peft: Any, arch: archs.Arch, dataset: PackedDataset, record: dict[str, Any], out: Path
 ) -> None:
     """Write the adapter, its contract, the resolved recipe and the training record."""
     config = recipe.train

@@ -395,3 +395,10 @@ def test_failures_at_run_time_have_their_own_codes(run, project, packed, monkeyp
     monkeypatch.setattr(ao.train, "train", fail)
     words = ["interrupted"] if code == 130 else [str(error)]
     refused(run, ["train", project / "recipe.toml", "--data", packed], code, *words)
+
+
+def test_a_folder_that_is_no_adapter_is_not_written_into(run, project, packed, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    args = ["train", project / "recipe.toml", "--data", packed, "--out", tmp_path]
+    refused(run, args, 2, "holds files that are no adapter; choose another --out")
+    assert files(tmp_path) == {"notes.txt"}

@@ -91,6 +91,12 @@ def test_latentqa_needs_the_files_of_its_types(latentqa: Path) -> None:
     (latentqa / "stimulus_completion.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no stimulus_completion\.json, only .*leave it out of types"):
         read(latentqa, kind="latentqa", path=".", types=["stimulus_completion"])
+    # Beside other types it is used where present, as the published evaluation files lack it.
+    with_rest = read(latentqa, kind="latentqa", path=".", types=["system", "stimulus_completion"])
+    assert with_rest == read(latentqa, kind="latentqa", path=".", types=["system"])
+    (latentqa / "control.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no control\.json"):
+        read(latentqa, kind="latentqa", path=".", types=["system", "control"])
 
 
 # Classification

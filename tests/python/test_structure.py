@@ -64,7 +64,7 @@ def test_imports_go_down_only(path):
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("torch.distributed", {"distributed"}), ("peft", {"models", "train"}), ("bitsandbytes", {"models", "train"})],
+    [("torch.distributed", {"distributed"}), ("peft", {"models"}), ("bitsandbytes", {"models"})],
 )
 def test_some_libraries_have_one_home(library, homes):
     users = {module_of(path) for path in FILES if any((name + ".").startswith(library + ".") for name in imports(path))}

@@ -295,7 +295,7 @@ def test_the_oracle_reads_the_adapter_and_its_answer_moves(plain):
     assert oracle.config.framing == framer("demo").fingerprint
     assert oracle.config.trained["steps"] == STEPS
     activations = oracle.read([{"role": "system", "content": "You are a poet."}, {"role": "user", "content": "Hello."}])
-    prompt = oracle._prompt("What persona does the assistant have?", 3, activations.at(3))
+    prompt = oracle._prompt("What persona does the assistant have?", (3,), activations.at(3))
     trained, untrained = (
         oracle.choice_log_probs([prompt], [["poet", "banker", "Yes"]], adapter=adapter)[0] for adapter in (True, False)
     )

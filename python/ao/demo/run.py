@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -36,6 +35,8 @@ def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = Fa
 
     from ao.memory import PeakMemory
 
+    if out.exists() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
+        raise FileExistsError(f"{out} holds files, but no recipe.toml of an earlier demo; choose another --out")
     _quiet_libraries()
     # A model this small is faster on one thread, many times so where the machine is busy.
     torch.set_num_threads(1)
@@ -71,11 +72,10 @@ def train_rank(recipe: Recipe, data: Path, out: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """No bar for loading a megabyte, no warning of a 4-bit kernel that nothing here needs."""
+    """No bar for loading a megabyte."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _target(out: Path, rebuild: bool) -> str:
@@ -98,8 +98,6 @@ def _prepare(out: Path, seed: int, target: str) -> Recipe:
     for part, folder in (("data", out / "packed"), ("train", out / "adapter"), ("eval", out)):
         values[part] |= {"seed": seed, "out": str(folder)}
     recipe = parse_recipe(values, origin=str(RECIPE))
-    if out.exists() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
-        raise FileExistsError(f"{out} holds files, but no recipe.toml of an earlier demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("packed", "tasks", "adapter"):
         shutil.rmtree(out / stale, ignore_errors=True)

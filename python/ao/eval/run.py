@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -83,10 +84,7 @@ def evaluate(
     started = time.perf_counter()
     _check_names([task.name for task in recipe.eval.tasks])
     # All tasks are loaded before the first is scored: bad input shows at once.
-    tasks = [
-        load_task(task, recipe, framer=oracle.framer, root=root, out=out / "tasks" / task.name, progress=progress)
-        for task in recipe.eval.tasks
-    ]
+    tasks = _load_tasks(oracle, recipe, root=root, out=out, progress=progress)
     reports, records = [], []
     for task in tasks:
         outcomes = run_task(oracle, task, recipe.eval, progress=progress)
@@ -105,6 +103,23 @@ def evaluate(
     write_atomic(out / "records.jsonl", "".join(f"{line}\n" for line in lines))
     write_report(report, out)
     return report
+
+
+def _load_tasks(oracle: Oracle, recipe: Recipe, *, root: Path, out: Path, progress: bool) -> list[Task]:
+    """Pack and draw every task; on an error what was packed here goes again."""
+    packed: list[Path] = []
+    tasks = []
+    try:
+        for task in recipe.eval.tasks:
+            folder = out / "tasks" / task.name
+            if not folder.exists():
+                packed.append(folder)
+            tasks.append(load_task(task, recipe, framer=oracle.framer, root=root, out=folder, progress=progress))
+    except BaseException:
+        for folder in packed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return tasks
 
 
 def run_task(oracle: Oracle, task: Task, config: EvalConfig, *, progress: bool = False) -> dict[str, Outcome]:

@@ -100,6 +100,13 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def adamw8bit(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with 8-bit state; tensors under 4,096 elements keep 32 bits."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **settings)
+
+
 def enable_recompute(model: PreTrainedModel) -> None:
     """Keep only the blocks' inputs for the backward pass and compute the rest again (gradient checkpointing)."""
     model.enable_input_require_grads()

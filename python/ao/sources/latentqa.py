@@ -15,6 +15,7 @@ used, as by default there.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 
 from ao.config import LatentQASource
 from ao.sources import files
+
+log = logging.getLogger(__name__)
 
 _TURNS = {
     "system": (("system", "system"), ("user", "stimulus_user")),
@@ -44,7 +47,12 @@ def examples(config: LatentQASource, *, seed: int, path: Path, drops: Counter[st
 
     A stimulus whose label has no questions counts as a drop, `label_without_questions`.
     """
-    for name in ("qa", *config.types):
+    # The published evaluation files lack completions; what is there is used.
+    types = [kind for kind in config.types if kind != "stimulus_completion" or (path / f"{kind}.json").is_file()]
+    types = types or list(config.types)
+    if len(types) < len(config.types):
+        log.warning("source %r: %s has no stimulus_completion.json; the other types are used", config.name, path)
+    for name in ("qa", *types):
         if not (path / f"{name}.json").is_file():
             there = sorted(file.name for file in path.glob("*.json"))
             raise FileNotFoundError(
@@ -52,7 +60,7 @@ def examples(config: LatentQASource, *, seed: int, path: Path, drops: Counter[st
             )
     questions = _questions(path / "qa.json")
     stimuli = []
-    for kind in config.types:
+    for kind in types:
         for index, entry in enumerate(_entries(path / f"{kind}.json")):
             where = f"{path / kind}.json: entry {index}"
             messages = [{"role": role, "content": files.field(entry, name, where=where)} for role, name in _TURNS[kind]]
