@@ -69,7 +69,9 @@ def small_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
     """A random-weight model of a family, frozen, in eval mode."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -91,6 +91,9 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False
     # Penalties, suppressed tokens and samplers of a checkpoint would fill whatever an answer's own settings leave open.
     model.generation_config = GenerationConfig()
+    if getattr(arch.text_config(model.config), "attn_logit_softcapping", None):
+        # Fused attention leaves the cap on the scores out, and older transformers choose it all the same.
+        model.set_attn_implementation("eager")
     # The backward pass of cuDNN attention returns NaN with an explicit mask on Hopper (torch 2.11 and later).
     torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
