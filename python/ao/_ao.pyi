@@ -162,3 +162,34 @@ def plan(
 
 def write_atomic(path: str | PathLike[str], data: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one, also after a power cut."""
+
+def pack_rows(
+    lengths: Buffer,
+    tokens_per_row: int,
+    *,
+    context_lengths: Buffer | None = None,
+    context_tokens_per_row: int | None = None,
+    examples_per_row: int | None = None,
+    window: int | None = None,
+    padded: bool = False,
+    longer_alone: bool = False,
+) -> tuple[memoryview, memoryview]:
+    """Lay examples out in rows of a token budget, none cut, each once.
+
+    Args:
+        lengths: int32 [N], tokens of each example.
+        tokens_per_row: Budget of a row.
+        context_lengths: int32 [N], tokens of each example's context; wanted with `context_tokens_per_row`.
+        context_tokens_per_row: Second budget, of the row's context tokens; each example's own count, shared or not.
+        examples_per_row: Most examples of a row.
+        window: Fill each row only from the first so many examples that have no row yet; the very first of them is
+            always in the next row. Without it, from all.
+        padded: A row costs its examples times the longest of them, not the sum of their lengths.
+        longer_alone: An example that exceeds a budget by itself gets a row of its own.
+
+    Returns:
+        order, int32 [N], and the offsets of the rows in it, int64 [rows + 1].
+
+    Raises:
+        AoError: A limit cannot be used, or (without `longer_alone`) an example exceeds a budget.
+    """

@@ -4,7 +4,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use ao_core::plan::{Plan, PlanSettings, plan};
+use ao_core::plan::{Layout, Longer, Plan, PlanSettings, Reach, RowLimits, Rows, pack_rows, plan};
+use ao_core::sample::Draws;
 use proptest::prelude::*;
 
 fn settings(examples_per_step: usize, window: usize, ranks: usize) -> PlanSettings {
@@ -121,4 +122,186 @@ fn wrong_arguments_are_refused() {
     assert!(refuse(&[1, -2], &[1, 1], settings(1, 1, 1)).contains("negative, at index 1"));
     assert!(refuse(&[1], &[1], settings(1, 1, 2)).contains("at least ranks"));
     assert!(refuse(&[1], &[1], settings(1, 0, 1)).contains("window"));
+}
+
+// --- rows ---
+
+/// Lengths as examples have them: most around 75, one in thirty up to 512.
+fn example_lengths(count: usize) -> Vec<i32> {
+    let mut draws = Draws::new(7, "plan", "lengths");
+    let mut length = || {
+        if draws.unit() < 0.033 {
+            return draws.between(100, 512) as i32;
+        }
+        let bell = (0..12).map(|_| draws.unit()).sum::<f64>() - 6.0;
+        ((75.0 * (0.41 * bell).exp()).round() as i32).clamp(8, 512)
+    };
+    (0..count).map(|_| length()).collect()
+}
+
+fn sum(lengths: &[i32]) -> usize {
+    lengths.iter().map(|&length| length as usize).sum()
+}
+
+/// The longest first, each into the fullest row that takes it, found by looking at all of them.
+fn best_fit_by_scan(lengths: &[i32], contexts: &[i32], limits: RowLimits) -> usize {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&at| std::cmp::Reverse(lengths[at]));
+    let mut rows: Vec<(usize, usize, usize)> = Vec::new();
+    for at in order {
+        let (length, context) = (lengths[at] as usize, contexts[at] as usize);
+        let fits = |&(tokens, in_contexts, examples): &(usize, usize, usize)| {
+            tokens + length <= limits.tokens
+                && limits.context_tokens.is_none_or(|budget| in_contexts + context <= budget)
+                && limits.examples.is_none_or(|most| examples < most)
+        };
+        match rows.iter_mut().filter(|row| fits(row)).max_by_key(|row| row.0) {
+            Some(row) => *row = (row.0 + length, row.1 + context, row.2 + 1),
+            None => rows.push((length, context, 1)),
+        }
+    }
+    rows.len()
+}
+
+fn check_rows(rows: &Rows, lengths: &[i32], contexts: &[i32], limits: RowLimits) -> Result<(), TestCaseError> {
+    let mut seen: Vec<i32> = rows.order.clone();
+    seen.sort_unstable();
+    prop_assert_eq!(seen, (0..lengths.len() as i32).collect::<Vec<_>>());
+    prop_assert_eq!(rows.offsets.first(), Some(&0));
+    prop_assert_eq!(rows.offsets.last(), Some(&(lengths.len() as i64)));
+    for row in rows.iter() {
+        let of = |lengths: &[i32]| row.iter().map(|&at| lengths[at as usize]).collect::<Vec<_>>();
+        let tokens = match limits.layout {
+            Layout::Packed => sum(&of(lengths)),
+            Layout::Padded => row.len() * of(lengths).into_iter().max().unwrap_or(0) as usize,
+        };
+        prop_assert!(!row.is_empty());
+        if row.len() == 1 && limits.longer == Longer::Alone {
+            continue;
+        }
+        prop_assert!(tokens <= limits.tokens, "{} tokens in {:?}", tokens, row);
+        prop_assert!(limits.context_tokens.is_none_or(|budget| sum(&of(contexts)) <= budget));
+        prop_assert!(limits.examples.is_none_or(|most| row.len() <= most));
+    }
+    Ok(())
+}
+
+/// No example is taken before its turn by more than the reach, and none waits while the turn is its own.
+fn check_reach(rows: &Rows, reach: usize) -> Result<(), TestCaseError> {
+    let mut placed = vec![false; rows.order.len()];
+    for row in rows.iter() {
+        let waiting: Vec<usize> = (0..placed.len()).filter(|&at| !placed[at]).collect();
+        prop_assert!(row.contains(&(waiting[0] as i32)), "{:?} leaves {} waiting", row, waiting[0]);
+        for &at in row {
+            let before = waiting.iter().position(|&other| other == at as usize).unwrap();
+            // What the row itself took is out of the way of the later ones.
+            prop_assert!(before < reach + row.len(), "{} comes {} early", at, before);
+            placed[at as usize] = true;
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn rows_hold_everything_once_and_are_as_full_as_best_fit(
+        sizes in prop::collection::vec((0i32..150, 0i32..300), 1..200), shift in 0i32..60, budget in 210usize..700,
+        (contexts, most) in (prop::option::of(300usize..1500), prop::option::of(1usize..9)), padded in any::<bool>(),
+    ) {
+        let lengths: Vec<i32> = sizes.iter().map(|size| size.0 + shift).collect();
+        let context_lengths: Vec<i32> = sizes.iter().map(|size| size.1).collect();
+        let layout = if padded { Layout::Padded } else { Layout::Packed };
+        let limits = RowLimits { context_tokens: contexts, examples: most, layout, ..RowLimits::of_tokens(budget) };
+        let rows = pack_rows(&lengths, &context_lengths, limits, Reach::All).unwrap();
+        check_rows(&rows, &lengths, &context_lengths, limits)?;
+        if !padded {
+            let scanned = best_fit_by_scan(&lengths, &context_lengths, limits);
+            prop_assert!(rows.len() <= scanned, "{} rows, best fit decreasing makes {}", rows.len(), scanned);
+        }
+    }
+
+    #[test]
+    fn a_window_keeps_the_order_of_arrival(
+        lengths in prop::collection::vec(0i32..100, 1..300), budget in 60usize..300, reach in 1usize..40,
+        most in prop::option::of(1usize..9),
+    ) {
+        let limits = RowLimits { examples: most, longer: Longer::Alone, ..RowLimits::of_tokens(budget) };
+        let rows = pack_rows(&lengths, &[], limits, Reach::Next(reach)).unwrap();
+        check_rows(&rows, &lengths, &lengths, limits)?;
+        check_reach(&rows, reach)?;
+        let one = pack_rows(&lengths, &[], limits, Reach::Next(1)).unwrap();
+        prop_assert_eq!(one.order, (0..lengths.len() as i32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_is_longer_than_a_row_stands_alone(
+        sizes in prop::collection::vec((0i32..300, 0i32..300), 1..100), padded in any::<bool>(),
+        contexts in prop::option::of(50usize..200), reach in prop::option::of(1usize..40),
+    ) {
+        let (lengths, context_lengths): (Vec<i32>, Vec<i32>) = sizes.into_iter().unzip();
+        let layout = if padded { Layout::Padded } else { Layout::Packed };
+        let limits =
+            RowLimits { context_tokens: contexts, layout, longer: Longer::Alone, ..RowLimits::of_tokens(150) };
+        let rows = pack_rows(&lengths, &context_lengths, limits, reach.map_or(Reach::All, Reach::Next)).unwrap();
+        check_rows(&rows, &lengths, &context_lengths, limits)?;
+    }
+}
+
+#[test]
+fn example_lengths_fill_rows_to_the_last_token() {
+    let lengths = example_lengths(100_000);
+    for budget in [2048, 4096, 16384] {
+        for reach in [Reach::All, Reach::Next(4096), Reach::Next(256)] {
+            let rows = pack_rows(&lengths, &[], RowLimits::of_tokens(budget), reach).unwrap().len();
+            let least = sum(&lengths).div_ceil(budget);
+            assert!(rows <= least + least / 1000, "{budget} {reach:?}: {rows} rows, at least {least}");
+        }
+    }
+}
+
+#[test]
+fn the_tightest_of_several_limits_is_used_up() {
+    let lengths = example_lengths(20_000);
+    let contexts: Vec<i32> = example_lengths(20_000).iter().rev().map(|length| 2 * length).collect();
+    for (tokens, context_tokens, examples, most) in [
+        (2048, Some(3000), None, 1.01),
+        (2048, Some(9000), Some(50), 1.01),
+        (2048, None, Some(10), 1.01),
+        (512, Some(1024), Some(7), 1.1),
+    ] {
+        let limits = RowLimits { context_tokens, examples, ..RowLimits::of_tokens(tokens) };
+        let rows = pack_rows(&lengths, &contexts, limits, Reach::All).unwrap().len();
+        let least = sum(&lengths)
+            .div_ceil(tokens)
+            .max(context_tokens.map_or(0, |budget| sum(&contexts).div_ceil(budget)))
+            .max(examples.map_or(0, |most| lengths.len().div_ceil(most)));
+        assert!(rows as f64 <= most * least as f64, "{limits:?}: {rows} rows, at least {least}");
+    }
+}
+
+#[test]
+fn wrong_limits_are_refused() {
+    let refuse = |lengths: &[i32], contexts: &[i32], limits, reach| {
+        pack_rows(lengths, contexts, limits, reach).unwrap_err().to_string()
+    };
+    let limits = RowLimits::of_tokens(8);
+    let both = RowLimits { context_tokens: Some(9), ..limits };
+    assert!(
+        refuse(&[3, 9, 2, 10], &[], limits, Reach::All)
+            .contains("example 1 has 9 tokens, more than the 8 of a row, and so have 1 after it")
+    );
+    assert!(refuse(&[3, 4], &[3, 10], both, Reach::All).contains("example 1 has 10 context tokens, more than the 9"));
+    assert!(refuse(&[3, 4], &[3], both, Reach::All).contains("got 1 for 2 examples"));
+    assert!(refuse(&[3, -4], &[], limits, Reach::All).contains("negative: -4 tokens at index 1"));
+    assert!(refuse(&[3], &[], limits, Reach::Next(0)).contains("window"));
+    for none in [
+        RowLimits { tokens: 0, ..limits },
+        RowLimits { examples: Some(0), ..limits },
+        RowLimits { context_tokens: Some(0), ..limits },
+    ] {
+        assert!(refuse(&[3], &[3], none, Reach::All).contains("at least 1"));
+    }
+    assert!(pack_rows(&[], &[], limits, Reach::All).unwrap().is_empty());
 }

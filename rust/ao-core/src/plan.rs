@@ -4,11 +4,17 @@
 //! is spread over it, so that a context is run once per window and still a step sees many contexts. The order knows
 //! nothing of ranks; they only divide each step.
 
+mod exact;
+mod rows;
+mod several;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::error::{Error, Result};
 use crate::sample::Draws;
+
+pub use rows::{Layout, Longer, Reach, RowLimits, Rows, pack_rows};
 
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy)]

@@ -21,7 +21,7 @@ mod _ao {
     #[pymodule_export]
     use super::pack::PackWriter;
     #[pymodule_export]
-    use super::plan::plan;
+    use super::plan::{pack_rows, plan};
     #[pymodule_export]
     use super::shard::{shard_layout, shard_metadata, verify_shard, write_atomic};
 }
