@@ -5,7 +5,7 @@ Buffers are read-only `memoryview`s of native int32; `numpy.asarray` views them 
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import final
+from typing import Any, Protocol, final
 
 from typing_extensions import Buffer
 
@@ -92,31 +92,94 @@ class Prompt:
     def text(self) -> str:
         """The rendered text."""
 
+class ArrowBatch(Protocol):
+    """A record batch of any Arrow library: `pyarrow`, `datasets`, `polars`."""
+
+    def __arrow_c_array__(self, requested_schema: object | None = None) -> tuple[object, object]: ...
+
 @final
-class PackWriter:
-    """Writes a packed data set into one folder: shards as they fill, the manifest last.
+class Source:
+    """One source of examples. Its rows are surveyed if they must be, then settled, then packed.
+
+    A row is a JSON object: the value of a batch's only column `json`, or what the columns of any other batch give.
 
     Args:
-        out_dir: The folder; made if it is not there.
-        framer: What turns the examples' texts into tokens.
-        settings_json: {"seed", "num_layers", "read_layers", "layers_per_example", "examples_per_shard",
-            "max_input_tokens", "max_context_tokens", "oracle", "targets", "config"}.
+        settings_json: {"name", "kind", "seed", "count", "layers_per_example", "reads", "unanswerable"} and what the kind
+            has: `records` nothing more; `context_prediction` "text", "single_share", "window", "predict", "direction",
+            "max_context_tokens", "draws_per_text", "within"; `classification` "text", "label", "questions", "labels",
+            "prefix", "questions_per_text", "words"; `latentqa` "questions", "questions_per_stimulus".
 
     Raises:
         AoError: A setting cannot be used.
     """
 
-    def __new__(cls, out_dir: str | PathLike[str], framer: Framer, settings_json: str) -> PackWriter: ...
-    def add(self, source_json: str, examples_jsonl: bytes) -> dict[str, int | dict[str, int]]:
-        """Add the examples of one source, a JSON object per line; returns the counts so far.
+    def __new__(cls, settings_json: str) -> Source: ...
+    @property
+    def needs_survey(self) -> bool:
+        """Whether all rows must be shown to `survey` first: there is a count, or labels that are not given."""
+    def survey(self, table_json: str, batch: ArrowBatch, first_row: int) -> None:
+        """See rows; bad ones are passed over here and named when they are packed.
 
-        The counts are "examples", "datapoints", "tokens" and "drops" (a number for each reason).
+        Args:
+            table_json: {"prefix", "origin", "unit", "type", "templates"}: what ids begin with, the file for messages,
+                "line", "row" or "entry", the type of a LatentQA file, the templates of a relation file.
+            batch: The rows.
+            first_row: Number of the first one in its table, from 0.
+        """
+    def settle(self) -> int | None:
+        """End the survey: how many examples the rows will give, where a count tells."""
+
+@final
+class PackWriter:
+    """Writes a packed data set into one folder: shards as they fill, the manifest last.
+
+    Args:
+        folder: The folder; made if it is not there.
+        framer: What turns the examples' texts into tokens.
+        settings_json: {"seed", "num_layers", "read_layers", "layers_per_example", "examples_per_shard",
+            "max_input_tokens", "max_context_tokens", "oracle", "targets", "config", "inputs"}.
+        part: (i, n) builds every n-th shard from the i-th on; `merge` joins the parts.
+        resume: Go on with the shards that are there; without it there must be none.
+        max_errors: How many bad examples are passed over and counted before the build stops.
+
+    Raises:
+        AoError: A setting cannot be used, another process builds this part, or the shards there belong to another build.
+    """
+
+    def __new__(
+        cls,
+        folder: str | PathLike[str],
+        framer: Framer,
+        settings_json: str,
+        *,
+        part: tuple[int, int] = (0, 1),
+        resume: bool = False,
+        max_errors: int = 0,
+    ) -> PackWriter: ...
+    def add(self, source: Source, table_json: str, batch: ArrowBatch, first_row: int) -> dict[str, Any]:
+        """Add rows of a settled source, in order; returns the counts so far, as `progress` has them.
 
         Raises:
-            AoError: An example cannot be used, named by source and id or line. The writer then refuses further work.
+            AoError: More examples than `max_errors` cannot be used; the first is named by source and id or row. The
+                writer then refuses further work; finished shards stay.
+            OSError: A shard cannot be written.
         """
     def finish(self) -> str:
-        """Write the last shard and the manifest; returns the manifest's canonical JSON."""
+        """Write the last shard and manifest.json, or part-I-of-N.json; returns its canonical JSON."""
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Counts so far: "offered" (examples seen), "skipped" (of other parts, or there already); of what was built now
+        "examples", "datapoints", "input_tokens", "drops" and "errors" by reason, "messages" (the first errors)."""
+
+def merge(folder: str | PathLike[str]) -> str:
+    """Prove that the parts in a folder make one whole build, write its manifest.json and return the text.
+
+    Raises:
+        AoError: A part or shard is missing, was changed, or belongs to another build.
+    """
+
+def input_digest(path: str | PathLike[str]) -> str:
+    """The xxh3-128 of a file's bytes, in hexadecimal."""
 
 def shard_layout(path: str | PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Name, type ("I32"), shape and byte offset in the file of each array, after checking the whole structure.

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from ao._ao import Framer, PackWriter, shard_layout
+from ao._ao import Framer, PackWriter, Source
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
 from ao.prompt import framer, identity, resolve_layer
@@ -63,7 +63,7 @@ def pack(recipe: Recipe, *, root: Path, out: Path | None = None, progress: bool 
     return {
         "out": str(out),
         **{name: counts[name] for name in ("examples", "datapoints", "contexts", "context_tokens")},
-        "input_tokens": counts["tokens"],
+        "input_tokens": counts["input_tokens"],
         "drops": manifest["drops"],
         "sources": by_source,
         "seconds": time.perf_counter() - started,
@@ -129,16 +129,21 @@ def _require_free(out: Path, settings: dict[str, Any]) -> None:
 def _write(
     data: DataConfig, folder: Path, settings: dict[str, Any], oracle_framer: Framer, *, root: Path, progress: bool
 ) -> tuple[dict[str, Any], dict[str, int]]:
+    import pyarrow as pa
+
     writer = PackWriter(str(folder), oracle_framer, canonical_json(settings))
     drops: Counter[str] = Counter()
     by_source: dict[str, int] = {}
     for source in data.sources:
-        lines = (canonical_json(e).encode() for e in examples(source, seed=data.seed, root=root, drops=drops))
-        described = _described(source)
+        lines = (_row(source, e) for e in examples(source, seed=data.seed, root=root, drops=drops))
+        native = Source(_described(source))
+        native.settle()
+        table = canonical_json({"prefix": source.name, "origin": PurePath(source.path).name, "unit": "line"})
         num = 0
         counted = _counted(lines, source, progress=progress)
         while batch := list(islice(counted, BATCH)):
-            writer.add(described, b"\n".join(batch))
+            column = pa.record_batch({"json": pa.array(batch, pa.large_binary())})
+            writer.add(native, table, column, num)
             num += len(batch)
         by_source[source.name] = num
         if source.count is not None and num < source.count:
@@ -147,19 +152,15 @@ def _write(
         raise ValueError(f"no examples: the sources are empty ({', '.join(by_source)}); drops: {dict(drops)}")
     manifest = json.loads(writer.finish())
     manifest["drops"] = dict(sorted((drops + Counter(manifest["drops"])).items()))
-    manifest["counts"] |= _context_counts(folder, manifest)
     write_atomic(folder / "manifest.json", canonical_json(manifest))
     return manifest, by_source
 
 
-def _context_counts(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
-    """Contexts as they are stored, each once, and their tokens."""
-    files = [str(folder / shard["file"]) for shard in manifest["shards"]]
-    shapes = [{name: shape for name, _, shape, _ in shard_layout(file)} for file in files]
-    return {
-        "contexts": sum(shape["context_offsets"][0] - 1 for shape in shapes),
-        "context_tokens": sum(shape["context_ids"][0] for shape in shapes),
-    }
+def _row(source: SourceConfig, example: dict[str, Any]) -> bytes:
+    if source.kind == "context_prediction":
+        context = example["context"]
+        example = {"text": context} if isinstance(context, str) else {"messages": context}
+    return canonical_json(example).encode()
 
 
 def _described(source: SourceConfig) -> str:

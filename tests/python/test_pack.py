@@ -177,7 +177,7 @@ def test_lens_answers_are_the_tokens_beside_the_window(tmp_path: Path, model: st
     reference = Reference(Path(model), end_of_turn="<|stop|>")
     seen = set()
     for datapoint in PackedDataset.open(tmp_path / "packed"):
-        ids = reference.context(texts[int(datapoint.id.split("/")[1]) - 1]["text"])[1]
+        ids = reference.context(texts[int(datapoint.id.split("/")[1])]["text"])[1]
         window = datapoint.read_positions.tolist()
         assert window == list(range(window[0], window[0] + len(window)))
         assert datapoint.context_ids.tolist() == ids[: window[-1] + 1]

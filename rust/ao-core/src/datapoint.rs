@@ -3,13 +3,10 @@
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::example::{Example, Positions};
-use crate::frame::{FramedContext, Framer};
-use crate::lens::{self, LensSettings};
-use crate::manifest::canonical_json;
+use crate::example::{Kind, Layer, Positions};
+use crate::frame::Framer;
 use crate::sample::Draws;
 
 /// One unit of training: an oracle prompt with its answer, and where its placeholders get their vectors.
@@ -79,26 +76,6 @@ pub struct Share {
     pub positions: Positions,
 }
 
-/// What a source's examples are.
-#[derive(Debug, Clone)]
-pub enum SourceKind {
-    /// Complete examples.
-    Records,
-    /// Contexts, from which question and answer are made.
-    ContextPrediction(LensSettings),
-}
-
-/// One source of examples.
-#[derive(Debug, Clone)]
-pub struct Source {
-    /// Its name, where an example does not say its own.
-    pub name: Arc<str>,
-    /// What its examples are.
-    pub kind: SourceKind,
-    /// Which positions they read, where an example does not say.
-    pub reads: Vec<Share>,
-}
-
 /// What became of an example.
 #[derive(Debug)]
 pub enum Outcome {
@@ -106,48 +83,56 @@ pub enum Outcome {
     Kept(Vec<Datapoint>),
     /// Left out, for this reason.
     Dropped(&'static str),
+    /// It cannot be used.
+    Bad(Error),
 }
 
-/// What is asked about which positions of which context.
-pub(crate) struct Asked {
-    pub(crate) context: FramedContext,
-    pub(crate) read_positions: Vec<i32>,
+/// What is asked about a context.
+#[derive(Debug)]
+pub(crate) struct Question {
+    pub(crate) id: String,
+    pub(crate) source: Arc<str>,
     pub(crate) question: String,
     pub(crate) answer: String,
+    /// Which layers are read, where the example says it.
+    pub(crate) layers: Option<Vec<Layer>>,
+    pub(crate) target: Kind,
+    /// Canonical JSON.
+    pub(crate) meta: String,
 }
 
-/// The datapoints of `example`.
+/// The datapoints of one question about `read_positions` of `context`.
 ///
 /// # Errors
-/// If the example cannot be used. Being too long is no error but a drop.
-pub fn build(framer: &Framer, common: &Common, source: &Source, example: Example) -> Result<Outcome> {
-    let asked = match &source.kind {
-        SourceKind::Records => ask_record(framer, common, source, &example)?,
-        SourceKind::ContextPrediction(settings) => match lens::ask(framer, common, settings, &example)? {
-            Ok(asked) => asked,
-            Err(reason) => return Ok(Outcome::Dropped(reason)),
-        },
-    };
-    let length = asked.read_positions.iter().max().map_or(0, |&last| last as usize + 1);
+/// If the question cannot be used. Being too long is no error but a drop.
+pub(crate) fn datapoints(
+    framer: &Framer,
+    common: &Common,
+    layers_per_example: LayersPerExample,
+    context: &mut SharedContext,
+    read_positions: Vec<i32>,
+    question: Question,
+) -> Result<Outcome> {
+    let length = read_positions.iter().max().map_or(0, |&last| last as usize + 1);
     if length > common.max_context_tokens {
         return Ok(Outcome::Dropped("context_too_long"));
     }
-    let layers = layers_of(common, &example)?;
-    let answer = framer.answer(&asked.answer)?;
+    let layers = layers_of(common, layers_per_example, &question)?;
+    let answer_ids = framer.answer(&question.answer)?;
     let shared = Shared {
-        source: example.source.as_deref().map_or_else(|| Arc::clone(&source.name), Arc::from),
-        context_ids: Arc::from(&asked.context.ids[..length]),
-        question: Arc::from(asked.question),
-        answer: Arc::from(asked.answer),
-        meta: Arc::from(canonical_json(&Value::Object(example.meta))),
-        read_positions: asked.read_positions,
-        kind: example.target.code(),
-        answer_ids: answer,
+        source: question.source,
+        context_ids: context.cut(length),
+        question: Arc::from(question.question),
+        answer: Arc::from(question.answer),
+        meta: Arc::from(question.meta),
+        read_positions,
+        kind: question.target.code(),
+        answer_ids,
     };
-    let each = common.layers_per_example == LayersPerExample::Each;
+    let each = layers_per_example == LayersPerExample::Each;
     let mut kept = Vec::with_capacity(layers.len());
     for layers in layers {
-        let id = if each { format!("{}@L{}", example.id, layers[0]) } else { example.id.clone() };
+        let id = if each { format!("{}@L{}", question.id, layers[0]) } else { question.id.clone() };
         let datapoint = shared.datapoint(framer, id, &layers)?;
         if datapoint.input_ids.len() > common.max_input_tokens {
             return Ok(Outcome::Dropped("input_too_long"));
@@ -155,6 +140,25 @@ pub fn build(framer: &Framer, common: &Common, source: &Source, example: Example
         kept.push(datapoint);
     }
     Ok(Outcome::Kept(kept))
+}
+
+/// A context's tokens, of which several examples show the same first ones.
+pub(crate) struct SharedContext<'a> {
+    ids: &'a [i32],
+    last: Option<Arc<[i32]>>,
+}
+
+impl<'a> SharedContext<'a> {
+    pub(crate) fn new(ids: &'a [i32]) -> Self {
+        Self { ids, last: None }
+    }
+
+    fn cut(&mut self, length: usize) -> Arc<[i32]> {
+        let same = self.last.as_ref().filter(|last| last.len() == length).map(Arc::clone);
+        let cut = same.unwrap_or_else(|| Arc::from(&self.ids[..length]));
+        self.last = Some(Arc::clone(&cut));
+        cut
+    }
 }
 
 /// What the datapoints of one example have in common.
@@ -191,19 +195,17 @@ impl Shared {
     }
 }
 
-fn ask_record(framer: &Framer, common: &Common, source: &Source, example: &Example) -> Result<Asked> {
-    let missing = |field: &str| Error::input(format!("the field {field:?} is missing"));
-    let question = example.question.clone().ok_or_else(|| missing("question"))?;
-    let answer = example.answer.clone().ok_or_else(|| missing("answer"))?;
-    let context = framer.context(&example.context)?;
-    let readable = framer.readable(&context, example.read.as_deref())?;
-    let mut draws = Draws::new(common.seed, &example.id, "read");
-    let rule = match &example.positions {
-        Some(rule) => rule,
-        None => draw_rule(&source.reads, &mut draws),
-    };
-    let read_positions = choose(rule, &readable, &mut draws)?;
-    Ok(Asked { context, read_positions, question, answer })
+/// The tokens that the example `id` reads among `readable`, by its own rule or by one drawn from the source's.
+pub(crate) fn read_positions(
+    seed: u64,
+    id: &str,
+    own: Option<&Positions>,
+    reads: &[Share],
+    readable: &[i32],
+) -> Result<Vec<i32>> {
+    let mut draws = Draws::new(seed, id, "read");
+    let rule = own.unwrap_or_else(|| draw_rule(reads, &mut draws));
+    choose(rule, readable, &mut draws)
 }
 
 fn draw_rule<'a>(reads: &'a [Share], draws: &mut Draws) -> &'a Positions {
@@ -223,13 +225,17 @@ fn choose(rule: &Positions, readable: &[i32], draws: &mut Draws) -> Result<Vec<i
     let available = readable.len();
     match rule {
         Positions::All => Ok(readable.to_vec()),
-        Positions::Listed(listed) if listed.is_empty() => Err(Error::input("\"positions\" is an empty list")),
+        Positions::Listed(listed) if listed.is_empty() => Err(Error::input("\"positions\" is an empty list; name at least one, or leave it out")),
         Positions::Listed(listed) => listed
             .iter()
             .map(|&index| {
                 let at = if index < 0 { index + available as i64 } else { index };
                 usize::try_from(at).ok().and_then(|at| readable.get(at).copied()).ok_or_else(|| {
-                    Error::input(format!("\"positions\" names index {index} of {available} readable tokens"))
+                    Error::input(format!(
+                        "\"positions\" names index {index}, but there are {available} readable tokens; expected {} to {}",
+                        -(available as i64),
+                        available - 1
+                    ))
                 })
             })
             .collect(),
@@ -243,17 +249,19 @@ fn choose(rule: &Positions, readable: &[i32], draws: &mut Draws) -> Result<Vec<i
 }
 
 /// The layers of each of the example's datapoints.
-fn layers_of(common: &Common, example: &Example) -> Result<Vec<Vec<usize>>> {
-    let layers = match &example.layers {
+fn layers_of(common: &Common, layers_per_example: LayersPerExample, question: &Question) -> Result<Vec<Vec<usize>>> {
+    let layers = match &question.layers {
         None => common.read_layers.clone(),
-        Some(layers) if layers.is_empty() => return Err(Error::input("\"layers\" is an empty list")),
+        Some(layers) if layers.is_empty() => {
+            return Err(Error::input("\"layers\" is an empty list; name at least one layer or leave it out"));
+        }
         Some(layers) => layers.iter().map(|layer| layer.resolve(common.num_layers)).collect::<Result<_>>()?,
     };
-    Ok(match common.layers_per_example {
+    Ok(match layers_per_example {
         LayersPerExample::Each => layers.into_iter().map(|layer| vec![layer]).collect(),
         LayersPerExample::Together => vec![layers],
         LayersPerExample::One => {
-            let drawn = Draws::new(common.seed, &example.id, "layer").between(0, layers.len() - 1);
+            let drawn = Draws::new(common.seed, &question.id, "layer").between(0, layers.len() - 1);
             vec![vec![layers[drawn]]]
         }
     })

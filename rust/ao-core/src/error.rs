@@ -20,7 +20,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// The operating system refused a read or a write.
-    #[error("{}: {action} failed: {source}", path.display())]
+    #[error("{}: {action} failed: {source}{}", path.display(), remedy(source))]
     Io {
         /// The file.
         path: PathBuf,
@@ -41,16 +41,21 @@ pub enum Error {
     /// The settings of a writer or of a source cannot be used.
     #[error("settings: {0}")]
     Settings(String),
-    /// One line of the input is not an example.
-    #[error("source {origin:?}, line {line}: {what}")]
-    Line {
+    /// One row of a source cannot be read.
+    #[error("source {origin:?}, {place}: {what}")]
+    Row {
         /// The source's name.
         origin: String,
-        /// The line, counted from 1 over everything that was added from this source.
-        line: usize,
+        /// The file and the row, as people count.
+        place: String,
+        /// In one word, for counts.
+        reason: &'static str,
         /// What is wrong with it.
         what: String,
     },
+    /// Two examples have one id, by which everything is drawn.
+    #[error("the id was used before; ids must be unique in a data set, so rename one of the two")]
+    RepeatedId,
     /// One example cannot be packed.
     #[error("source {origin:?}, example {id:?}: {error}")]
     Example {
@@ -72,6 +77,16 @@ pub enum Error {
     /// A plan cannot be made from these arguments.
     #[error("plan: {0}")]
     Plan(String),
+}
+
+/// What helps where the disk is full.
+fn remedy(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            "; free some space and go on with --resume, what is finished is kept"
+        }
+        _ => "",
+    }
 }
 
 impl Error {
@@ -103,6 +118,42 @@ impl Error {
         } else {
             Self::Io { path, action, source }
         }
+    }
+
+    /// The error in one word, for counts of what was passed over.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Row { reason, .. } => reason,
+            Self::Example { error, .. } => error.reason(),
+            Self::RepeatedId => "duplicate_id",
+            Self::Tokenizer(_) => "tokenizer",
+            Self::Template(_) => "template",
+            _ => "bad_value",
+        }
+    }
+
+    /// The same error once more, for each example that it concerns.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Row { origin, place, reason, what } => {
+                Self::Row { origin: origin.clone(), place: place.clone(), reason, what: what.clone() }
+            }
+            Self::Example { origin, id, error } => {
+                Self::Example { origin: origin.clone(), id: id.clone(), error: Box::new(error.again()) }
+            }
+            Self::Template(what) => Self::Template(what.clone()),
+            Self::Tokenizer(what) => Self::Tokenizer(what.clone()),
+            Self::RepeatedId => Self::RepeatedId,
+            Self::Input(what) => Self::Input(what.clone()),
+            other => Self::input(other),
+        }
+    }
+
+    /// Whether one bad example is the cause, so that it can be passed over; everything else stops the work.
+    #[must_use]
+    pub fn is_of_example(&self) -> bool {
+        matches!(self, Self::Row { .. } | Self::Example { .. })
     }
 
     /// The same error, naming the example that it concerns.

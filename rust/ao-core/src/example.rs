@@ -1,5 +1,7 @@
 //! One example as its author wrote it: a JSON object, refused where a field is unknown or has the wrong shape.
 
+use std::fmt;
+
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -27,13 +29,31 @@ pub enum Context {
 
 impl<'de> Deserialize<'de> for Context {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
-            Value::String(text) => Ok(Self::Text(text)),
-            list @ Value::Array(_) => Vec::<Message>::deserialize(list)
-                .map(Self::Messages)
-                .map_err(|error| de::Error::custom(format!("in \"context\": {error}"))),
-            _ => Err(de::Error::custom("\"context\" must be a string or a list of {\"role\", \"content\"}")),
+        struct Either;
+        impl<'de> de::Visitor<'de> for Either {
+            type Value = Context;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a string or a list of {\"role\", \"content\"} as \"context\"")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Context, E> {
+                Ok(Context::Text(text.to_owned()))
+            }
+
+            fn visit_string<E: de::Error>(self, text: String) -> Result<Context, E> {
+                Ok(Context::Text(text))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Context, A::Error> {
+                let mut messages = Vec::new();
+                while let Some(message) = items.next_element::<Message>()? {
+                    messages.push(message);
+                }
+                Ok(Context::Messages(messages))
+            }
         }
+        deserializer.deserialize_any(Either)
     }
 }
 

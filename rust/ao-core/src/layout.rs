@@ -96,21 +96,30 @@ pub fn metadata(path: &Path) -> Result<String> {
 /// # Errors
 /// If the file is missing or its content is not what was written.
 pub fn verify(path: &Path, sha256: &str) -> Result<()> {
-    let mut file = open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let read = file.read(&mut buffer).map_err(|error| Error::io(path, "reading", error))?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&buffer[..read]);
-    }
-    let found = hex(&hasher.finalize());
+    let (found, _) = digest(path)?;
     if found == sha256.to_ascii_lowercase() {
         return Ok(());
     }
     Err(Error::shard(path, format!("damaged: sha256 expected {sha256}, got {found}; build the packed data set again")))
+}
+
+/// The sha256 of a file, in lower-case hexadecimal, and its length in bytes.
+///
+/// # Errors
+/// If the file is missing or cannot be read.
+pub fn digest(path: &Path) -> Result<(String, u64)> {
+    let mut file = open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut length = 0;
+    loop {
+        let read = file.read(&mut buffer).map_err(|error| Error::io(path, "reading", error))?;
+        if read == 0 {
+            return Ok((hex(&hasher.finalize()), length));
+        }
+        hasher.update(&buffer[..read]);
+        length += read as u64;
+    }
 }
 
 fn open(path: &Path) -> Result<File> {

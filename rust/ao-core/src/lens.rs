@@ -1,15 +1,18 @@
 //! Context prediction: a question about the tokens next to those that are read, and its answer, from a context alone.
 
-use crate::datapoint::{Asked, Common};
-use crate::error::{Error, Result};
-use crate::example::Example;
-use crate::frame::Framer;
+use serde::Deserialize;
+
+use crate::error::Result;
+use crate::example::{Context, Read};
+use crate::frame::{FramedContext, Framer};
 use crate::sample::Draws;
 
 /// Which way a question looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// Either, half of the examples each.
+    #[default]
     Both,
     /// The tokens behind.
     Next,
@@ -30,35 +33,41 @@ pub struct LensSettings {
     pub direction: Direction,
     /// Only this many tokens of a text are used.
     pub max_context_tokens: usize,
+    /// Only what the assistant says is read and predicted, one turn of it at a time.
+    pub within_assistant: bool,
 }
 
-/// What is read and asked for an example that has only a context, or the reason why nothing can be.
-pub(crate) fn ask(
+/// What is read and asked.
+#[derive(Debug)]
+pub(crate) struct Window {
+    pub(crate) read_positions: Vec<i32>,
+    pub(crate) question: String,
+    pub(crate) answer: String,
+}
+
+/// What is read and asked of `context` by the example `id`, or the reason why nothing can be.
+pub(crate) fn draw(
     framer: &Framer,
-    common: &Common,
+    seed: u64,
+    most_context_tokens: usize,
     settings: &LensSettings,
-    example: &Example,
-) -> Result<Result<Asked, &'static str>> {
-    for (field, given) in [
-        ("question", example.question.is_some()),
-        ("answer", example.answer.is_some()),
-        ("read", example.read.is_some()),
-        ("positions", example.positions.is_some()),
-    ] {
-        if given {
-            return Err(Error::input(format!(
-                "a context prediction example makes its own {field:?}; leave the field out or use a source of kind \"records\""
-            )));
+    context: &FramedContext,
+    id: &str,
+) -> Result<Result<Window, &'static str>> {
+    let mut draws = Draws::new(seed, id, "lens");
+    let (start, end) = if settings.within_assistant {
+        match assistant_turn(framer, context, &mut draws)? {
+            Ok(turn) => turn,
+            Err(reason) => return Ok(Err(reason)),
         }
-    }
-    let context = framer.context(&example.context)?;
-    let lead = framer.num_lead_tokens(&context);
-    let end = context.ids.len().min(settings.max_context_tokens);
-    let mut draws = Draws::new(common.seed, &example.id, "lens");
-    let Some(window) = Drawn::new(settings, end.saturating_sub(lead), &mut draws) else {
+    } else {
+        (framer.num_lead_tokens(context), context.ids.len())
+    };
+    let end = end.min(settings.max_context_tokens).min(most_context_tokens);
+    let Some(window) = Drawn::new(settings, end.saturating_sub(start), &mut draws) else {
         return Ok(Err("context_too_short"));
     };
-    let answer_ids = &context.ids[lead + window.answer_start..][..window.num_answer];
+    let answer_ids = &context.ids[start + window.answer_start..][..window.num_answer];
     if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
         return Ok(Err("special_token_in_answer"));
     }
@@ -66,13 +75,35 @@ pub(crate) fn ask(
     if answer.is_empty() || answer.contains(char::REPLACEMENT_CHARACTER) {
         return Ok(Err("answer_not_decodable"));
     }
-    let first = (lead + window.read_start) as i32;
-    Ok(Ok(Asked {
-        context,
+    let first = (start + window.read_start) as i32;
+    Ok(Ok(Window {
         read_positions: (first..first + window.num_read as i32).collect(),
         question: window.question(),
         answer,
     }))
+}
+
+/// The tokens of one of the assistant's contents, drawn.
+fn assistant_turn(
+    framer: &Framer,
+    context: &FramedContext,
+    draws: &mut Draws,
+) -> Result<Result<(usize, usize), &'static str>> {
+    let turns: Vec<(usize, usize)> = match context.source() {
+        Context::Text(_) => Vec::new(),
+        Context::Messages(messages) => (0..)
+            .zip(messages)
+            .filter(|(_, message)| message.role == "assistant" && !message.content.trim().is_empty())
+            .map(|(at, message)| (at, message.content.chars().count()))
+            .collect(),
+    };
+    if turns.is_empty() {
+        return Ok(Err("no_assistant_turn"));
+    }
+    let (message, length) = turns[draws.between(0, turns.len() - 1)];
+    let read = Read { message: Some(message), start: Some(0), end: Some(length), onwards: false };
+    let tokens = framer.readable(context, Some(&[read]))?;
+    Ok(Ok((tokens[0] as usize, tokens[tokens.len() - 1] as usize + 1)))
 }
 
 /// One draw, in tokens counted from the first that may be read.

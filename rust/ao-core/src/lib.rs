@@ -7,10 +7,12 @@
 #![deny(missing_docs)]
 
 mod align;
+mod build;
 pub mod datapoint;
 mod engine;
 pub mod error;
 pub mod example;
+pub mod folder;
 pub mod frame;
 pub mod layout;
 pub mod lens;
@@ -18,10 +20,13 @@ pub mod locate;
 pub mod manifest;
 pub mod pack;
 pub mod plan;
+pub mod rows;
 pub mod sample;
 mod settings;
 pub mod shard;
+pub mod source;
 pub mod span;
+pub mod stats;
 pub mod template;
 pub mod tokenize;
 mod turns;

@@ -1,52 +1,58 @@
-//! The writer of packed data sets: examples in, shards and a manifest out.
+//! The writer of packed data sets: rows in, shards and a manifest out.
 //!
-//! Examples are built in parallel and taken in order, so the bytes depend on the input alone. The manifest is written
-//! last: where it stands, the data set is whole.
+//! Examples are numbered as the rows give them, and shard k holds what was kept of the examples from k E up to (k + 1) E.
+//! So a shard depends on its own examples alone: several processes can build every n-th shard each, and a build that was
+//! killed goes on with what is missing. The manifest is made from the shards' headers, and written last: where it stands,
+//! the data set is whole.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use rayon::prelude::*;
-use serde_json::{Value, json};
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::datapoint::{Common, Datapoint, Outcome, Source, build};
+use crate::build::{Built, build};
+use crate::datapoint::Common;
 use crate::error::{Error, Result};
-use crate::example::Example;
+use crate::folder::{BuildFolder, Identity, Part, ShardEntry, shard_name};
 use crate::frame::Framer;
-use crate::manifest::{canonical_json, sha256_hex, write_atomic};
+use crate::manifest::{sha256_hex, write_atomic};
+use crate::rows::Table;
 use crate::settings::PackSettings;
 use crate::shard;
+use crate::source::{Body, Source, Unit};
+use crate::stats::Stats;
 
-/// How many lines are built before their datapoints are taken over, whatever the number of threads.
-const LINES_AT_ONCE: usize = 4096;
-
-const MANIFEST: &str = "manifest.json";
-
-/// What has been written so far.
+/// How far a build is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Examples kept.
-    pub examples: usize,
-    /// Datapoints made of them.
-    pub datapoints: usize,
-    /// Tokens of their inputs.
-    pub tokens: usize,
-    /// Examples left out, by reason.
-    pub drops: BTreeMap<String, usize>,
+pub struct Progress {
+    /// Examples seen.
+    pub offered: usize,
+    /// Of them, those of shards that were there already or that other parts build.
+    pub skipped: usize,
+    /// Counts of what was built now.
+    pub stats: Stats,
+    /// What the first examples that were passed over lack.
+    pub messages: Vec<String>,
 }
+
+/// How many messages of bad examples are kept.
+const MESSAGES: usize = 5;
 
 /// Writes a packed data set into one folder.
 pub struct PackWriter {
     common: Common,
-    settings: PackSettings,
-    counts: Counts,
-    per_source: BTreeMap<String, usize>,
-    lines: BTreeMap<String, usize>,
+    examples_per_shard: usize,
+    max_errors: usize,
+    folder: BuildFolder,
+    done: BTreeMap<usize, ShardEntry>,
     seen: HashSet<u128>,
-    pending: Batch,
-    full: Vec<Batch>,
-    output: Output,
+    progress: Progress,
+    num_errors: usize,
+    pending: Vec<Unit>,
+    built: Option<(usize, Built)>,
+    writing: Option<JoinHandle<Result<ShardEntry>>>,
     state: State,
 }
 
@@ -57,238 +63,217 @@ enum State {
     Finished,
 }
 
-/// What becomes one shard.
-#[derive(Default)]
-struct Batch {
-    examples: usize,
-    datapoints: Vec<Datapoint>,
+/// How a build is done, which changes none of its bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Run {
+    /// Which shards are built.
+    pub part: Part,
+    /// Go on with the shards that are there.
+    pub resume: bool,
+    /// How many bad examples are passed over before the build stops.
+    pub max_errors: usize,
 }
 
 impl PackWriter {
-    /// Start a data set in `folder`, which is made if it is not there.
+    /// Start a data set in `folder`, which is made if it is not there, or go on with one.
     ///
     /// The settings are a JSON object of `seed`, `num_layers`, `read_layers` (indices), `layers_per_example` (`each`,
     /// `one`, `together`), `examples_per_shard`, `max_input_tokens`, `max_context_tokens`, and of what the manifest
-    /// records: `oracle`, `targets`, `config`.
+    /// records: `oracle`, `targets`, `config`, `inputs`.
     ///
     /// # Errors
-    /// If a setting is unknown or out of range, or the folder cannot be made.
-    pub fn new(folder: &Path, framer: &Framer, settings_json: &str) -> Result<Self> {
+    /// If a setting is unknown or out of range, the folder cannot be made or is in use, or it holds shards that are not
+    /// to be resumed or belong to another build.
+    pub fn new(folder: &Path, framer: &Framer, settings_json: &str, run: Run) -> Result<Self> {
         let settings: PackSettings = serde_json::from_str(settings_json).map_err(Error::settings)?;
         let common = settings.common()?;
-        let fingerprints = json!({
-            "framer": framer.fingerprint(),
-            "oracle": settings.oracle,
-            "targets": settings.targets,
-        });
+        let examples_per_shard = settings.examples_per_shard;
+        let folder = BuildFolder::open(folder, Identity::new(framer, settings_json, settings)?, run.part)?;
+        let done = folder.shards(run.resume)?;
         Ok(Self {
             common,
-            settings,
-            counts: Counts::default(),
-            per_source: BTreeMap::new(),
-            lines: BTreeMap::new(),
+            examples_per_shard,
+            max_errors: run.max_errors,
+            folder,
+            done,
             seen: HashSet::new(),
-            pending: Batch::default(),
-            full: Vec::new(),
-            output: Output::new(folder, fingerprints)?,
+            progress: Progress::default(),
+            num_errors: 0,
+            pending: Vec::new(),
+            built: None,
+            writing: None,
             state: State::Open,
         })
     }
 
-    /// Add the examples of one source, one JSON object per line, with the same `framer` every time. Full shards are
-    /// written while the next examples are built.
+    /// Add rows of one source, of which the first has number `first` in its table, with the same `framer` every time.
+    /// Full shards are built at once and written while the next rows are taken.
     ///
     /// # Errors
-    /// If an example cannot be used or a shard cannot be written. After such an error the writer refuses further work:
-    /// the folder holds whole shards at most, and no manifest.
-    pub fn add(&mut self, framer: &Framer, source_json: &str, examples_jsonl: &[u8]) -> Result<Counts> {
+    /// If more examples than allowed cannot be used or a shard cannot be written. After such an error the writer refuses
+    /// further work; the shards that were finished stay.
+    pub fn add(
+        &mut self,
+        framer: &Framer,
+        source: &std::sync::Arc<Source>,
+        table: &Table,
+        first: usize,
+        rows: &[&[u8]],
+    ) -> Result<&Progress> {
         self.require_open()?;
-        let source = Source::from_json(source_json)?;
         self.state = State::Failed;
-        let lines: Vec<&[u8]> = examples_jsonl.split(|&byte| byte == b'\n').collect();
-        let before = self.lines.get(&*source.name).copied().unwrap_or(0);
-        for (chunk_at, chunk) in lines.chunks(LINES_AT_ONCE).enumerate() {
-            let first = before + chunk_at * LINES_AT_ONCE + 1;
-            let full = std::mem::take(&mut self.full);
-            let (common, output) = (&self.common, &mut self.output);
-            let (built, written) =
-                rayon::join(|| Built::from_lines(framer, common, &source, first, chunk), || output.write(&full));
-            written?;
-            for built in built {
-                self.take(&source, built)?;
-            }
+        let units: Vec<Vec<Unit>> =
+            rows.par_iter().enumerate().map(|(at, row)| source.units(table, first + at, row)).collect();
+        for unit in units.into_iter().flatten() {
+            self.take(framer, unit)?;
         }
-        // The text behind the last newline is a line only if there is any.
-        let count = lines.len() - usize::from(lines.last().is_some_and(|line| line.is_empty()));
-        *self.lines.entry(source.name.to_string()).or_default() += count;
         self.state = State::Open;
-        Ok(self.counts.clone())
+        Ok(&self.progress)
     }
 
-    fn take(&mut self, source: &Source, built: Built) -> Result<()> {
-        let id = built.id?;
-        if !self.seen.insert(xxh3_128(id.as_bytes())) {
-            let error = Error::input("the id was used before; ids must be unique in a data set");
-            return Err(error.in_example(&source.name, &id));
+    /// The counts so far.
+    #[must_use]
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Take over a unit, cut where a shard ends.
+    fn take(&mut self, framer: &Framer, mut unit: Unit) -> Result<()> {
+        if unit.source.has_own_ids() && !self.seen.insert(xxh3_128(unit.id.as_bytes())) {
+            unit.body = Body::Bad(Error::RepeatedId.in_example(&unit.source.name, &unit.id));
         }
-        let datapoints = match built.outcome? {
-            Outcome::Kept(datapoints) => datapoints,
-            Outcome::Dropped(reason) => {
-                *self.counts.drops.entry(reason.to_owned()).or_default() += 1;
-                return Ok(());
+        while !unit.examples.is_empty() {
+            let room = self.examples_per_shard - self.progress.offered % self.examples_per_shard;
+            let here = unit.split_front(room);
+            let shard = self.progress.offered / self.examples_per_shard;
+            self.progress.offered += here.examples.len();
+            if self.is_wanted(shard) {
+                self.pending.push(here);
+            } else {
+                self.progress.skipped += here.examples.len();
             }
-        };
-        self.counts.examples += 1;
-        self.counts.datapoints += datapoints.len();
-        self.counts.tokens += datapoints.iter().map(|datapoint| datapoint.input_ids.len()).sum::<usize>();
-        for datapoint in &datapoints {
-            *self.per_source.entry(datapoint.source.to_string()).or_default() += 1;
-        }
-        self.pending.examples += 1;
-        self.pending.datapoints.extend(datapoints);
-        if self.pending.examples == self.settings.examples_per_shard {
-            self.full.push(std::mem::take(&mut self.pending));
+            if self.progress.offered.is_multiple_of(self.examples_per_shard) {
+                self.close(framer, shard)?;
+            }
         }
         Ok(())
     }
 
-    /// Write the last shard and the manifest, and return the manifest's text.
+    fn is_wanted(&self, shard: usize) -> bool {
+        self.folder.part.has(shard) && !self.done.contains_key(&shard)
+    }
+
+    /// Build the pending shard, and write the one before it meanwhile.
+    fn close(&mut self, framer: &Framer, shard: usize) -> Result<()> {
+        let units = std::mem::take(&mut self.pending);
+        if !self.is_wanted(shard) {
+            return Ok(());
+        }
+        let previous = self.built.take();
+        let (common, folder) = (&self.common, &self.folder);
+        let (built, encoded) = rayon::join(
+            || build(framer, common, &units),
+            || previous.map(|(number, built)| encode(folder, number, built)),
+        );
+        encoded.map(|encoded| self.write(encoded?)).transpose()?;
+        self.num_errors += built.errors.len();
+        self.progress.stats.add(&built.stats);
+        let room = MESSAGES.saturating_sub(self.progress.messages.len());
+        self.progress.messages.extend(built.errors.iter().take(room).map(ToString::to_string));
+        if self.num_errors > self.max_errors {
+            return Err(self.too_many_errors(built.errors));
+        }
+        self.built = Some((shard, built));
+        Ok(())
+    }
+
+    fn too_many_errors(&mut self, errors: Vec<Error>) -> Error {
+        let flushed = self.flush();
+        let first = errors.into_iter().next().expect("there is an error too many");
+        match flushed {
+            Err(error) => error,
+            Ok(()) if self.max_errors == 0 => first,
+            Ok(()) => Error::input(format!(
+                "{} examples cannot be used, more than the {} that are passed over with --max-errors; the last shard's first: {first}",
+                self.num_errors, self.max_errors
+            )),
+        }
+    }
+
+    /// Hand a shard to a thread of its own, which mostly waits for the disk.
+    fn write(&mut self, encoded: Encoded) -> Result<()> {
+        self.flush()?;
+        let path = self.folder.path.join(shard_name(encoded.number));
+        self.writing = Some(std::thread::spawn(move || encoded.write(&path)));
+        Ok(())
+    }
+
+    /// Wait for the shard that is being written.
+    fn flush(&mut self) -> Result<()> {
+        let Some(writing) = self.writing.take() else { return Ok(()) };
+        let entry = writing.join().map_err(|_| Error::input("the thread that writes shards has panicked"))??;
+        self.done.insert(entry.number, entry);
+        Ok(())
+    }
+
+    /// Write the last shard and the manifest, or what stands for it until all parts are there, and return its text.
     ///
     /// # Errors
     /// If nothing was kept, an error came before, or a file cannot be written.
-    pub fn finish(&mut self) -> Result<String> {
+    pub fn finish(&mut self, framer: &Framer) -> Result<String> {
         self.require_open()?;
-        if self.counts.datapoints == 0 {
-            return Err(Error::input(format!(
-                "no example was kept, so there is nothing to pack; drops by reason: {:?}",
-                self.counts.drops
-            )));
-        }
         self.state = State::Failed;
-        let mut full = std::mem::take(&mut self.full);
-        if self.pending.examples > 0 {
-            full.push(std::mem::take(&mut self.pending));
+        let offered = self.progress.offered;
+        if !offered.is_multiple_of(self.examples_per_shard) {
+            self.close(framer, offered / self.examples_per_shard)?;
         }
-        self.output.write(&full)?;
-        let manifest = canonical_json(&json!({
-            "schema": shard::SCHEMA,
-            "kind": "packed",
-            "framer": self.output.fingerprints["framer"],
-            "oracle": self.settings.oracle,
-            "targets": self.settings.targets,
-            "shards": self.output.shards,
-            "counts": {
-                "examples": self.counts.examples,
-                "datapoints": self.counts.datapoints,
-                "tokens": self.counts.tokens,
-                "sources": self.per_source,
-            },
-            "drops": self.counts.drops,
-            "config": self.settings.config,
-        }));
-        self.output.finish(&manifest)?;
+        if let Some((number, built)) = self.built.take() {
+            self.write(encode(&self.folder, number, built)?)?;
+        }
+        self.flush()?;
+        let num_shards = offered.div_ceil(self.examples_per_shard);
+        let text = self.folder.finish(num_shards, &self.done)?;
         self.state = State::Finished;
-        Ok(manifest)
+        Ok(text)
     }
 
     fn require_open(&self) -> Result<()> {
         match self.state {
             State::Open => Ok(()),
-            State::Failed => {
-                Err(Error::input("this writer stopped at an error; make a new one and add everything again"))
-            }
+            State::Failed => Err(Error::input(
+                "this writer stopped at an error; make a new one and add everything again, finished shards are kept",
+            )),
             State::Finished => Err(Error::input("this writer has finished; make a new one")),
         }
     }
 }
 
-/// The folder and what has been written into it.
-struct Output {
-    folder: PathBuf,
-    fingerprints: Value,
-    shards: Vec<Value>,
-}
-
-impl Output {
-    fn new(folder: &Path, fingerprints: Value) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "creating the folder", error))?;
-        Ok(Self { folder: folder.to_owned(), fingerprints, shards: Vec::new() })
-    }
-
-    /// Write the next shards. An older manifest goes first: it would vouch for files that change under it.
-    fn write(&mut self, batches: &[Batch]) -> Result<()> {
-        for batch in batches {
-            if self.shards.is_empty() {
-                self.remove(MANIFEST)?;
-            }
-            let file = shard_name(self.shards.len());
-            let bytes = shard::encode(&batch.datapoints, &self.fingerprints)?;
-            write_atomic(&self.folder.join(&file), &bytes)?;
-            self.shards.push(json!({
-                "file": file,
-                "sha256": sha256_hex(&bytes),
-                "bytes": bytes.len(),
-                "datapoints": batch.datapoints.len(),
-                "examples": batch.examples,
-            }));
-        }
-        Ok(())
-    }
-
-    /// Remove the further shards of a longer data set that was here before, and write the manifest.
-    fn finish(&self, manifest: &str) -> Result<()> {
-        for number in self.shards.len().. {
-            if !self.remove(&shard_name(number))? {
-                break;
-            }
-        }
-        write_atomic(&self.folder.join(MANIFEST), manifest.as_bytes())
-    }
-
-    fn remove(&self, name: &str) -> Result<bool> {
-        let path = self.folder.join(name);
-        match std::fs::remove_file(&path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(Error::io(&path, "removing", error)),
+impl Drop for PackWriter {
+    fn drop(&mut self) {
+        // Whoever removes or renames the folder next must not meet a file that is still being written.
+        if let Some(writing) = self.writing.take() {
+            let _ = writing.join();
         }
     }
 }
 
-fn shard_name(number: usize) -> String {
-    format!("shard-{number:05}.safetensors")
+/// A shard in memory.
+struct Encoded {
+    number: usize,
+    bytes: Vec<u8>,
+    stats: Stats,
 }
 
-/// What became of one line.
-struct Built {
-    id: Result<String>,
-    outcome: Result<Outcome>,
+fn encode(folder: &BuildFolder, number: usize, built: Built) -> Result<Encoded> {
+    let Built { datapoints, mut stats, .. } = built;
+    let bytes = shard::encode(&datapoints, &mut stats, |stats| folder.identity.header(number, stats))?;
+    Ok(Encoded { number, bytes, stats })
 }
 
-impl Built {
-    /// Build the examples of `lines`, of which the first has number `first`, in order.
-    fn from_lines(framer: &Framer, common: &Common, source: &Source, first: usize, lines: &[&[u8]]) -> Vec<Self> {
-        lines
-            .par_iter()
-            .enumerate()
-            .filter_map(|(at, line)| Self::from_line(framer, common, source, first + at, line))
-            .collect()
-    }
-
-    /// Build the example of a line; `None` if the line is blank.
-    fn from_line(framer: &Framer, common: &Common, source: &Source, number: usize, line: &[u8]) -> Option<Self> {
-        if line.trim_ascii().is_empty() {
-            return None;
-        }
-        let example: Example = match serde_json::from_slice(line) {
-            Ok(example) => example,
-            Err(error) => {
-                let id = Err(Error::Line { origin: source.name.to_string(), line: number, what: error.to_string() });
-                return Some(Self { id, outcome: Ok(Outcome::Dropped("unreadable")) });
-            }
-        };
-        let id = example.id.clone();
-        let outcome = build(framer, common, source, example).map_err(|error| error.in_example(&source.name, &id));
-        Some(Self { id: Ok(id), outcome })
+impl Encoded {
+    fn write(self, path: &PathBuf) -> Result<ShardEntry> {
+        write_atomic(path, &self.bytes)?;
+        let Self { number, bytes, stats } = self;
+        Ok(ShardEntry { number, sha256: sha256_hex(&bytes), bytes: bytes.len() as u64, stats })
     }
 }

@@ -1,14 +1,15 @@
 //! The settings of a writer and of its sources, from JSON to checked values.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::datapoint::{Common, LayersPerExample, Share, Source, SourceKind};
+use crate::datapoint::{Common, LayersPerExample, Share};
 use crate::error::{Error, Result};
 use crate::example::Positions;
 use crate::lens::{Direction, LensSettings};
+use crate::source::{Classification, Documents, Kind, LatentQa, Source, Unanswerable};
 
 /// The settings of a writer, as JSON.
 #[derive(Debug, Deserialize)]
@@ -28,24 +29,111 @@ pub(crate) struct PackSettings {
     pub(crate) targets: Value,
     #[serde(default)]
     pub(crate) config: Value,
+    /// Digests of what is read, so that a build never goes on with other files.
+    #[serde(default)]
+    pub(crate) inputs: Value,
 }
 
 fn default_examples_per_shard() -> usize {
     8192
 }
 
-/// One source, as JSON. A recipe's entry may be handed over whole, so fields that only its reader needs are passed over.
+/// One source, as JSON.
 #[derive(Debug, Deserialize)]
-struct SourceSettings {
+pub(crate) struct SourceSettings {
     name: String,
-    kind: String,
+    #[serde(default)]
+    seed: u64,
+    count: Option<usize>,
+    layers_per_example: Option<LayersPerExample>,
     #[serde(default)]
     reads: Vec<ReadSettings>,
-    single_share: Option<f64>,
-    window: Option<[usize; 2]>,
-    predict: Option<[usize; 2]>,
-    direction: Option<String>,
-    max_context_tokens: Option<usize>,
+    unanswerable: Option<UnanswerableSettings>,
+    #[serde(flatten)]
+    kind: KindSettings,
+}
+
+/// What belongs to one kind.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+enum KindSettings {
+    Records {},
+    ContextPrediction {
+        #[serde(default = "default_text")]
+        text: String,
+        #[serde(default = "default_single_share")]
+        single_share: f64,
+        #[serde(default = "default_range")]
+        window: [usize; 2],
+        #[serde(default = "default_range")]
+        predict: [usize; 2],
+        #[serde(default)]
+        direction: Direction,
+        #[serde(default = "default_max_context_tokens")]
+        max_context_tokens: usize,
+        #[serde(default = "one")]
+        draws_per_text: u32,
+        #[serde(default)]
+        within: Within,
+    },
+    Classification {
+        #[serde(default = "default_text")]
+        text: String,
+        #[serde(default = "default_label")]
+        label: String,
+        questions: Vec<String>,
+        #[serde(default)]
+        labels: BTreeMap<String, Vec<String>>,
+        #[serde(default)]
+        prefix: String,
+        #[serde(default = "one")]
+        questions_per_text: u32,
+        words: Option<Vec<String>>,
+    },
+    Latentqa {
+        questions: HashMap<String, Vec<(String, String)>>,
+        questions_per_stimulus: Option<usize>,
+    },
+}
+
+/// What of a document is read and predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Within {
+    #[default]
+    All,
+    Assistant,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UnanswerableSettings {
+    share: f64,
+    answer: String,
+}
+
+fn default_text() -> String {
+    "text".to_owned()
+}
+
+fn default_label() -> String {
+    "label".to_owned()
+}
+
+fn default_single_share() -> f64 {
+    0.5
+}
+
+fn default_range() -> [usize; 2] {
+    [1, 50]
+}
+
+fn default_max_context_tokens() -> usize {
+    512
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// One rule of a mixture, as JSON: a share, and `all`, `positions` or `window` with `before_end`.
@@ -79,88 +167,125 @@ impl ReadSettings {
     }
 }
 
-impl Source {
+impl SourceSettings {
     /// Read a source's settings from JSON.
     ///
     /// # Errors
-    /// If a field is unknown, missing for the kind or out of range.
-    pub fn from_json(text: &str) -> Result<Self> {
-        let settings: SourceSettings =
-            serde_json::from_str(text).map_err(|error| Error::settings(format!("in a source: {error}")))?;
-        let name = settings.name.clone();
-        settings.resolve().map_err(|error| Error::settings(format!("source {name:?}: {error}")))
+    /// If a field is unknown or missing for the kind.
+    pub(crate) fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|error| Error::settings(format!("in a source: {error}")))
     }
-}
 
-impl SourceSettings {
-    fn resolve(mut self) -> Result<Source> {
-        let reads = std::mem::take(&mut self.reads).into_iter().map(ReadSettings::share).collect::<Result<Vec<_>>>()?;
+    /// The source, its values checked.
+    ///
+    /// # Errors
+    /// If a value is out of range.
+    pub(crate) fn resolve(self) -> Result<Source> {
+        let name = self.name.clone();
+        self.checked().map_err(|error| match error {
+            Error::Settings(what) => Error::settings(format!("source {name:?}: {what}")),
+            other => Error::settings(format!("source {name:?}: {other}")),
+        })
+    }
+
+    fn checked(self) -> Result<Source> {
+        let reads = self.reads.into_iter().map(ReadSettings::share).collect::<Result<Vec<_>>>()?;
         let total: f64 = reads.iter().map(|read| read.share).sum();
         if !reads.is_empty() && (total - 1.0).abs() > 1e-6 {
             return Err(Error::settings(format!("the shares in \"reads\" must add up to 1, got {total}")));
         }
-        let name = Arc::from(self.name.as_str());
-        let kind = match self.kind.as_str() {
-            "records" => self.records()?,
-            "context_prediction" => self.lens(!reads.is_empty())?,
-            other => {
-                return Err(Error::settings(format!(
-                    "\"kind\" must be \"records\" or \"context_prediction\", got {other:?}"
-                )));
-            }
-        };
-        Ok(Source { name, kind, reads })
-    }
-
-    fn records(self) -> Result<SourceKind> {
-        let lens_only = self.single_share.is_some()
-            || self.window.is_some()
-            || self.predict.is_some()
-            || self.direction.is_some()
-            || self.max_context_tokens.is_some();
-        if lens_only {
-            return Err(Error::settings(
-                "\"single_share\", \"window\", \"predict\", \"direction\" and \"max_context_tokens\" are for the kind \"context_prediction\"",
-            ));
+        if self.count == Some(0) {
+            return Err(Error::settings("\"count\" must be at least 1, got 0"));
         }
-        Ok(SourceKind::Records)
-    }
-
-    fn lens(self, has_reads: bool) -> Result<SourceKind> {
-        if has_reads {
+        let (kind, words) = self.kind.checked()?;
+        let is_lens = matches!(kind, Kind::ContextPrediction(_));
+        if is_lens && !reads.is_empty() {
             return Err(Error::settings("\"reads\" is not for the kind \"context_prediction\", which has \"window\""));
         }
-        let settings = LensSettings {
-            single_share: self.single_share.unwrap_or(0.5),
-            window: self.window.unwrap_or([1, 50]),
-            predict: self.predict.unwrap_or([1, 50]),
-            direction: match self.direction.as_deref() {
-                None | Some("both") => Direction::Both,
-                Some("next") => Direction::Next,
-                Some("previous") => Direction::Previous,
-                Some(other) => {
-                    return Err(Error::settings(format!(
-                        "\"direction\" must be \"both\", \"next\" or \"previous\", got {other:?}"
-                    )));
-                }
-            },
-            max_context_tokens: self.max_context_tokens.unwrap_or(512),
-        };
-        for (name, [least, most]) in [("window", settings.window), ("predict", settings.predict)] {
-            if least == 0 || least > most {
-                return Err(Error::settings(format!(
-                    "{name:?} must be [least, greatest] with 1 <= least <= greatest, got [{least}, {most}]"
-                )));
-            }
+        let unanswerable = self.unanswerable.map(|settings| settings.checked(is_lens)).transpose()?;
+        Ok(Source::new(&self.name, self.seed, kind, reads).with(
+            self.count,
+            self.layers_per_example,
+            unanswerable,
+            words,
+        ))
+    }
+}
+
+impl UnanswerableSettings {
+    fn checked(self, is_lens: bool) -> Result<Unanswerable> {
+        if is_lens {
+            return Err(Error::settings(
+                "\"unanswerable\" is not for the kind \"context_prediction\": any context has tokens to predict",
+            ));
         }
-        if !(0.0..=1.0).contains(&settings.single_share) {
+        if !(0.0..=1.0).contains(&self.share) {
             return Err(Error::settings(format!(
-                "\"single_share\" must lie between 0 and 1, got {}",
-                settings.single_share
+                "\"share\" in \"unanswerable\" must lie between 0 and 1, got {}",
+                self.share
             )));
         }
-        Ok(SourceKind::ContextPrediction(settings))
+        if self.answer.trim().is_empty() {
+            return Err(Error::settings("\"answer\" in \"unanswerable\" is empty; say what an oracle should answer"));
+        }
+        Ok(Unanswerable { share: self.share, answer: self.answer })
     }
+}
+
+impl KindSettings {
+    /// The kind, and the labels where they are given.
+    fn checked(self) -> Result<(Kind, Option<Vec<String>>)> {
+        let kind = match self {
+            Self::Records {} => Kind::Records,
+            Self::ContextPrediction {
+                text,
+                single_share,
+                window,
+                predict,
+                direction,
+                max_context_tokens,
+                draws_per_text,
+                within,
+            } => {
+                for (name, [least, most]) in [("window", window), ("predict", predict)] {
+                    if least == 0 || least > most {
+                        return Err(Error::settings(format!(
+                            "{name:?} must be [least, greatest] with 1 <= least <= greatest, got [{least}, {most}]"
+                        )));
+                    }
+                }
+                if !(0.0..=1.0).contains(&single_share) {
+                    return Err(Error::settings(format!(
+                        "\"single_share\" must lie between 0 and 1, got {single_share}"
+                    )));
+                }
+                at_least_one("draws_per_text", draws_per_text)?;
+                let within_assistant = within == Within::Assistant;
+                let lens =
+                    LensSettings { single_share, window, predict, direction, max_context_tokens, within_assistant };
+                Kind::ContextPrediction(Documents { text, draws_per_text, lens })
+            }
+            Self::Classification { text, label, questions, labels, prefix, questions_per_text, words } => {
+                at_least_one("questions_per_text", questions_per_text)?;
+                if questions.is_empty() {
+                    return Err(Error::settings("\"questions\" is empty; give at least one template"));
+                }
+                let kind = Classification { text, label, questions, labels, prefix, questions_per_text };
+                return Ok((Kind::Classification(kind), words));
+            }
+            Self::Latentqa { questions, questions_per_stimulus: per_stimulus } => {
+                Kind::LatentQa(LatentQa { questions, per_stimulus })
+            }
+        };
+        Ok((kind, None))
+    }
+}
+
+fn at_least_one(name: &str, value: u32) -> Result<()> {
+    if value == 0 {
+        return Err(Error::settings(format!("{name:?} must be at least 1, got 0")));
+    }
+    Ok(())
 }
 
 impl PackSettings {

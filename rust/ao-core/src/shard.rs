@@ -3,15 +3,17 @@
 //! A shard stands alone. Contexts are stored once, and one that is the beginning of another is not stored at all: it
 //! refers to the longer one and has its own length. `layout` reads what is written here.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::datapoint::Datapoint;
 use crate::error::{Error, Result};
 use crate::manifest::canonical_json;
+use crate::stats::Stats;
 
 /// The version of the layout; others are refused.
 pub const SCHEMA: u64 = 1;
@@ -67,11 +69,12 @@ macro_rules! stored {
 }
 stored!(i64 => I64, i32 => I32, i16 => I16, u8 => U8);
 
-/// The bytes of a shard that holds `datapoints`, in order.
+/// The bytes of a shard that holds `datapoints`, in order. `stats` get what only the stored arrays tell, then `header`
+/// says what the metadata hold beside the sources' names.
 ///
 /// # Errors
 /// If there are more than 256 sources.
-pub fn encode(datapoints: &[Datapoint], fingerprints: &Value) -> Result<Vec<u8>> {
+pub fn encode(datapoints: &[Datapoint], stats: &mut Stats, header: impl FnOnce(&Stats) -> Value) -> Result<Vec<u8>> {
     let sources = sources_of(datapoints)?;
     let contexts = SharedContexts::new(datapoints);
     let mut arrays = Arrays::default();
@@ -93,18 +96,28 @@ pub fn encode(datapoints: &[Datapoint], fingerprints: &Value) -> Result<Vec<u8>>
     arrays.flat("read_positions", &positions.values);
     arrays.ragged("context_ids", "context_offsets", &contexts.stored);
     arrays.flat("context", &contexts.rows);
-    arrays.serialize(&json!({
-        "schema": SCHEMA,
-        "sources": sources,
-        "counts": {
-            "datapoints": datapoints.len(),
-            "contexts": contexts.stored.offsets.len() - 1,
-            "input_tokens": inputs.values.len(),
-            "context_tokens": contexts.stored.values.len(),
-            "placeholders": placeholders.values.len(),
-        },
-        "fingerprints": fingerprints,
-    }))
+    stats.contexts = contexts.stored.offsets.len() as u64 - 1;
+    stats.context_tokens = contexts.stored.values.len() as u64;
+    stats.placeholders = placeholders.values.len() as u64;
+    stats.duplicates = duplicates(datapoints);
+    let mut metadata = header(stats);
+    metadata["schema"] = json!(SCHEMA);
+    metadata["sources"] = json!(sources);
+    arrays.serialize(&metadata)
+}
+
+/// How many datapoints have the same input, context and positions as one before them.
+fn duplicates(datapoints: &[Datapoint]) -> u64 {
+    let mut seen = HashSet::with_capacity(datapoints.len());
+    let repeated = |datapoint: &&Datapoint| {
+        let mut hasher = Xxh3::new();
+        for part in [&datapoint.input_ids, &*datapoint.context_ids, &datapoint.read_positions] {
+            hasher.update(&part.len().to_le_bytes());
+            part.iter().for_each(|value| hasher.update(&value.to_le_bytes()));
+        }
+        !seen.insert(hasher.digest128())
+    };
+    datapoints.iter().filter(repeated).count() as u64
 }
 
 /// The names of the sources, sorted; a shard numbers them with a byte.

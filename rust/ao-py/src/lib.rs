@@ -19,7 +19,7 @@ mod _ao {
     #[pymodule_export]
     use super::frame::{Context, Framer, Prompt};
     #[pymodule_export]
-    use super::pack::PackWriter;
+    use super::pack::{PackWriter, Source, input_digest, merge};
     #[pymodule_export]
     use super::plan::{pack_rows, plan};
     #[pymodule_export]

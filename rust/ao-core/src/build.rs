@@ -1,0 +1,180 @@
+//! From the units of one shard to its datapoints, in parallel and in order.
+
+use rayon::prelude::*;
+
+use crate::datapoint::{Common, Datapoint, Outcome, Question, SharedContext, datapoints, read_positions};
+use crate::error::{Error, Result};
+use crate::frame::{FramedContext, Framer};
+use crate::lens;
+use crate::sample::Draws;
+use crate::source::{About, Asked, Body, Unit};
+use crate::stats::Stats;
+
+/// How often another context is drawn for an unanswerable example before it stays as it is.
+const DONOR_DRAWS: usize = 8;
+
+/// What becomes one shard.
+#[derive(Default)]
+pub(crate) struct Built {
+    pub(crate) datapoints: Vec<Datapoint>,
+    pub(crate) stats: Stats,
+    /// What could not be used, in order.
+    pub(crate) errors: Vec<Error>,
+}
+
+/// Build all examples of `units`, which are those of one shard.
+pub(crate) fn build(framer: &Framer, common: &Common, units: &[Unit]) -> Built {
+    let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
+    let outcomes: Vec<Vec<Outcome>> =
+        runs.par_iter().map(|run| Run { framer, common, all: units }.outcomes(run)).collect();
+    let mut built = Built::default();
+    let sources = units.iter().flat_map(|unit| std::iter::repeat_n(&unit.source, unit.examples.len()));
+    for (source, outcome) in sources.zip(outcomes.into_iter().flatten()) {
+        let stats = built.stats.source(&source.name);
+        stats.offered += 1;
+        match outcome {
+            Outcome::Kept(datapoints) => {
+                stats.keep(&datapoints, source.counts_answers());
+                built.datapoints.extend(datapoints);
+            }
+            Outcome::Dropped(reason) => stats.drop_one(reason),
+            Outcome::Bad(error) => {
+                stats.pass_over(error.reason());
+                built.errors.push(error);
+            }
+        }
+    }
+    built.stats.measure(&built.datapoints);
+    built
+}
+
+/// Whether two units of one source stand side by side with the same context, which is then tokenized once.
+fn same_context(one: &Unit, next: &Unit) -> bool {
+    match (&one.body, &next.body) {
+        (Body::Context(one_asked), Body::Context(next_asked)) => {
+            std::sync::Arc::ptr_eq(&one.source, &next.source) && one_asked.context == next_asked.context
+        }
+        _ => false,
+    }
+}
+
+/// What building a run of units needs: the framer, the settings, and the shard's other units.
+struct Run<'a> {
+    framer: &'a Framer,
+    common: &'a Common,
+    all: &'a [Unit],
+}
+
+impl Run<'_> {
+    /// What becomes of each example of `run`, whose units have the same context.
+    fn outcomes(&self, run: &[Unit]) -> Vec<Outcome> {
+        let mut framed: Option<Result<Framed>> = None;
+        let mut outcomes = Vec::new();
+        for unit in run {
+            match &unit.body {
+                Body::Dropped(reason) => outcomes.extend(unit.examples.iter().map(|_| Outcome::Dropped(reason))),
+                Body::Bad(error) => outcomes.extend(unit.examples.iter().map(|_| Outcome::Bad(error.again()))),
+                Body::Context(asked) => {
+                    let framed = framed.get_or_insert_with(|| Framed::new(self.framer, asked));
+                    for &at in &unit.examples {
+                        let outcome = match framed {
+                            Ok(framed) => self.outcome(framed, unit, asked, at),
+                            Err(error) => Err(error.again()),
+                        };
+                        let id = || unit.source.example_id(&unit.id, at);
+                        outcomes.push(
+                            outcome.unwrap_or_else(|error| Outcome::Bad(error.in_example(&unit.source.name, &id()))),
+                        );
+                    }
+                }
+            }
+        }
+        outcomes
+    }
+
+    fn outcome(&self, framed: &Framed, unit: &Unit, asked: &Asked, at: u32) -> Result<Outcome> {
+        let Some(mut question) = unit.source.question(unit, asked, at)? else {
+            return self.lens(framed, unit, at);
+        };
+        if let Some((donor, answer)) = self.donor(unit, asked, &question.id) {
+            question.answer = answer;
+            return self.answer(&Framed::new(self.framer, donor)?, unit, donor, question);
+        }
+        self.answer(framed, unit, asked, question)
+    }
+
+    /// A question that was written.
+    fn answer(&self, framed: &Framed, unit: &Unit, asked: &Asked, question: Question) -> Result<Outcome> {
+        let own = match &asked.about {
+            About::Record(record) => record.positions.as_ref(),
+            _ => None,
+        };
+        let readable = self.framer.readable(&framed.context, asked.read.as_deref())?;
+        let positions = read_positions(self.common.seed, &question.id, own, &unit.source.reads, &readable)?;
+        self.datapoints(framed, unit, positions, question)
+    }
+
+    /// A question that is made from the tokens.
+    fn lens(&self, framed: &Framed, unit: &Unit, at: u32) -> Result<Outcome> {
+        let settings = unit.source.documents().expect("only documents ask about tokens");
+        let id = unit.source.example_id(&unit.id, at);
+        let most = self.common.max_context_tokens;
+        let window = match lens::draw(self.framer, self.common.seed, most, settings, &framed.context, &id)? {
+            Ok(window) => window,
+            Err(reason) => return Ok(Outcome::Dropped(reason)),
+        };
+        let question = Question {
+            id,
+            source: unit.source.name.clone(),
+            question: window.question,
+            answer: window.answer,
+            layers: None,
+            target: crate::example::Kind::Base,
+            meta: "{}".to_owned(),
+        };
+        self.datapoints(framed, unit, window.read_positions, question)
+    }
+
+    fn datapoints(&self, framed: &Framed, unit: &Unit, positions: Vec<i32>, question: Question) -> Result<Outcome> {
+        let layers = unit.source.layers_per_example.unwrap_or(self.common.layers_per_example);
+        let mut shared = SharedContext::new(&framed.context.ids);
+        datapoints(self.framer, self.common, layers, &mut shared, positions, question)
+    }
+
+    /// Another unit's context for an example that is to be unanswerable, and what it answers then.
+    fn donor(&self, unit: &Unit, asked: &Asked, id: &str) -> Option<(&Asked, String)> {
+        let unanswerable = unit.source.unanswerable.as_ref()?;
+        let mut draws = Draws::new(unit.source.seed, id, "unanswerable");
+        if draws.unit() >= unanswerable.share {
+            return None;
+        }
+        let of_source: Vec<&Asked> = self
+            .all
+            .iter()
+            .filter(|other| std::sync::Arc::ptr_eq(&other.source, &unit.source))
+            .filter_map(|other| match &other.body {
+                Body::Context(asked) => Some(&**asked),
+                _ => None,
+            })
+            .collect();
+        let is_other = |other: &Asked| match (&asked.label, &other.label) {
+            (Some(own), Some(label)) => own != label,
+            _ => asked.context != other.context,
+        };
+        (0..DONOR_DRAWS)
+            .map(|_| of_source[draws.below(of_source.len() as u64) as usize])
+            .find(|other| is_other(other))
+            .map(|other| (other, unanswerable.answer.clone()))
+    }
+}
+
+/// A context as tokens.
+struct Framed {
+    context: FramedContext,
+}
+
+impl Framed {
+    fn new(framer: &Framer, asked: &Asked) -> Result<Self> {
+        Ok(Self { context: framer.context(&asked.context)? })
+    }
+}

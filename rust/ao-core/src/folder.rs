@@ -1,0 +1,373 @@
+//! The folder of a build: which shards are there, to which build they belong, and the manifest made from them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::frame::Framer;
+use crate::layout;
+use crate::manifest::{canonical_json, sha256_hex, write_atomic};
+use crate::settings::PackSettings;
+use crate::shard::SCHEMA;
+use crate::stats::{LENGTH_EDGES, Stats};
+
+/// The file whose presence says that a data set is whole.
+pub const MANIFEST: &str = "manifest.json";
+
+/// Which shards a process builds: those whose number is `index` modulo `of`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// From 0.
+    pub index: usize,
+    /// How many parts there are.
+    pub of: usize,
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Self { index: 0, of: 1 }
+    }
+}
+
+impl Part {
+    pub(crate) fn has(self, shard: usize) -> bool {
+        shard % self.of == self.index
+    }
+
+    fn is_all(self) -> bool {
+        self.of == 1
+    }
+}
+
+/// What a build is: everything that decides its bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// The sha256 of all the rest.
+    build: String,
+    framer: Value,
+    oracle: Value,
+    targets: Value,
+    config: Value,
+    inputs: Value,
+}
+
+impl Identity {
+    pub(crate) fn new(framer: &Framer, settings_json: &str, settings: PackSettings) -> Result<Self> {
+        let framer = json!(framer.fingerprint());
+        let settings_value: Value = serde_json::from_str(settings_json).map_err(Error::settings)?;
+        let build = sha256_hex(canonical_json(&json!({"framer": framer, "settings": settings_value})).as_bytes());
+        let PackSettings { oracle, targets, config, inputs, .. } = settings;
+        Ok(Self { build, framer, oracle, targets, config, inputs })
+    }
+
+    /// What the header of shard `number` says.
+    pub(crate) fn header(&self, number: usize, stats: &Stats) -> Value {
+        json!({
+            "build": self.build,
+            "shard": number,
+            "stats": stats,
+            "fingerprints": {"framer": self.framer, "oracle": self.oracle, "targets": self.targets},
+        })
+    }
+}
+
+/// A finished shard.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ShardEntry {
+    pub(crate) number: usize,
+    pub(crate) sha256: String,
+    pub(crate) bytes: u64,
+    pub(crate) stats: Stats,
+}
+
+impl ShardEntry {
+    fn to_json(&self) -> Value {
+        let total = self.stats.total();
+        json!({
+            "file": shard_name(self.number),
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "datapoints": total.datapoints,
+            "examples": total.examples,
+        })
+    }
+}
+
+pub(crate) fn shard_name(number: usize) -> String {
+    format!("shard-{number:05}.safetensors")
+}
+
+fn shard_number(name: &str) -> Option<usize> {
+    name.strip_prefix("shard-")?.strip_suffix(".safetensors")?.parse().ok()
+}
+
+/// A folder in which shards are built.
+pub(crate) struct BuildFolder {
+    pub(crate) path: PathBuf,
+    pub(crate) identity: Identity,
+    pub(crate) part: Part,
+    /// Held as long as this lives.
+    _lock: File,
+}
+
+impl BuildFolder {
+    /// Make the folder if it is not there, and keep other processes from building the same part.
+    pub(crate) fn open(path: &Path, identity: Identity, part: Part) -> Result<Self> {
+        if part.index >= part.of {
+            return Err(Error::settings(format!(
+                "part {}/{} does not exist; parts are numbered from 0, so expected 0/{of} to {}/{of}",
+                part.index,
+                part.of,
+                part.of.saturating_sub(1),
+                of = part.of
+            )));
+        }
+        std::fs::create_dir_all(path).map_err(|error| Error::io(path, "creating the folder", error))?;
+        let lock_path = path.join(lock_name(part));
+        let lock = File::create(&lock_path).map_err(|error| Error::io(&lock_path, "creating", error))?;
+        match lock.try_lock() {
+            // Where the file system has no locks, two builds at once cannot be told apart from one.
+            Ok(()) | Err(std::fs::TryLockError::Error(_)) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(Error::input(format!(
+                    "{}: another process is building this part; wait for it, or stop it and go on with --resume",
+                    path.display()
+                )));
+            }
+        }
+        Ok(Self { path: path.to_owned(), identity, part, _lock: lock })
+    }
+
+    /// The shards of this part that are there; without `resume` there must be none.
+    pub(crate) fn shards(&self, resume: bool) -> Result<BTreeMap<usize, ShardEntry>> {
+        let mut numbers = Vec::new();
+        for name in names(&self.path)? {
+            match shard_number(&name) {
+                Some(number) if self.part.has(number) => numbers.push(number),
+                _ if is_unfinished(&name, self.part) => remove(&self.path.join(&name))?,
+                _ => {}
+            }
+        }
+        if !resume && !numbers.is_empty() {
+            return Err(Error::input(format!(
+                "{} holds {} shards of a build that was not finished; go on with --resume, or remove the folder",
+                self.path.display(),
+                numbers.len()
+            )));
+        }
+        entries(&self.path, &self.identity.build, &numbers)
+    }
+
+    /// Write what a finished part or the whole data set needs, and return its text.
+    pub(crate) fn finish(&self, num_shards: usize, done: &BTreeMap<usize, ShardEntry>) -> Result<String> {
+        if let Some(&beyond) = done.keys().find(|&&number| number >= num_shards) {
+            return Err(Error::input(format!(
+                "{} holds shard {beyond}, but the sources give only {num_shards}; remove the folder and build again",
+                self.path.display()
+            )));
+        }
+        if self.part.is_all() {
+            let text = write_manifest(&self.path, &self.identity, done)?;
+            clean(&self.path)?;
+            return Ok(text);
+        }
+        let shards: Vec<Value> = done.values().map(ShardEntry::to_json).collect();
+        let text = canonical_json(&json!({
+            "schema": SCHEMA,
+            "kind": "part",
+            "part": self.part.index,
+            "of": self.part.of,
+            "num_shards": num_shards,
+            "shards": shards,
+            "identity": self.identity,
+        }));
+        write_atomic(&self.path.join(part_name(self.part)), text.as_bytes())?;
+        Ok(text)
+    }
+}
+
+fn part_name(part: Part) -> String {
+    format!("part-{}-of-{}.json", part.index, part.of)
+}
+
+fn lock_name(part: Part) -> String {
+    format!(".lock-{}-of-{}", part.index, part.of)
+}
+
+/// Whether a file is what a killed process of this part left behind.
+fn is_unfinished(name: &str, part: Part) -> bool {
+    let inner = name.strip_prefix('.').filter(|name| name.ends_with(".partial"));
+    let number = inner.and_then(|inner| inner.split_inclusive(".safetensors").next()).and_then(shard_number);
+    number.is_some_and(|number| part.has(number))
+}
+
+fn names(folder: &Path) -> Result<BTreeSet<String>> {
+    std::fs::read_dir(folder)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect())
+        .map_err(|error| Error::io(folder, "reading the folder", error))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    std::fs::remove_file(path).map_err(|error| Error::io(path, "removing", error))
+}
+
+/// Remove what only an unfinished build needs.
+fn clean(folder: &Path) -> Result<()> {
+    for name in names(folder)? {
+        if name.starts_with(".lock-") || (name.starts_with("part-") && name.ends_with(".json")) {
+            remove(&folder.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Check that shards are whole and of this build, and describe them.
+fn entries(folder: &Path, build: &str, numbers: &[usize]) -> Result<BTreeMap<usize, ShardEntry>> {
+    numbers.par_iter().map(|&number| Ok((number, entry(folder, build, number)?))).collect()
+}
+
+fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
+    let path = folder.join(shard_name(number));
+    layout::layout(&path)?;
+    let metadata: Value = serde_json::from_str(&layout::metadata(&path)?).map_err(Error::input)?;
+    let found = metadata["build"].as_str().unwrap_or_default();
+    if found != build || metadata["shard"].as_u64() != Some(number as u64) {
+        return Err(Error::input(format!(
+            "{} belongs to another build: recipe, model, version or source files differ (expected build {build} and shard \
+             {number}, got {found} and {}); remove the folder to build anew",
+            path.display(),
+            metadata["shard"]
+        )));
+    }
+    let stats: Stats = serde_json::from_value(metadata["stats"].clone())
+        .map_err(|error| Error::shard(&path, format!("its counts cannot be read: {error}; remove it and resume")))?;
+    let (sha256, bytes) = layout::digest(&path)?;
+    Ok(ShardEntry { number, sha256, bytes, stats })
+}
+
+/// The manifest of a data set with these shards.
+fn write_manifest(folder: &Path, identity: &Identity, shards: &BTreeMap<usize, ShardEntry>) -> Result<String> {
+    let mut stats = Stats::default();
+    shards.values().for_each(|shard| stats.add(&shard.stats));
+    let total = stats.total();
+    if total.datapoints == 0 {
+        return Err(Error::input(format!(
+            "no example was kept, so there is nothing to pack; of {} offered, drops by reason: {:?}, errors: {:?}",
+            total.offered, total.drops, total.errors
+        )));
+    }
+    let Identity { build, framer, oracle, targets, config, inputs } = identity;
+    let manifest = canonical_json(&json!({
+        "schema": SCHEMA,
+        "kind": "packed",
+        "build": build,
+        "framer": framer,
+        "oracle": oracle,
+        "targets": targets,
+        "config": config,
+        "inputs": inputs,
+        "shards": shards.values().map(ShardEntry::to_json).collect::<Vec<_>>(),
+        "counts": {
+            "offered": total.offered,
+            "examples": total.examples,
+            "datapoints": total.datapoints,
+            "input_tokens": total.input_tokens,
+            "answer_tokens": total.answer_tokens,
+            "contexts": stats.contexts,
+            "context_tokens": stats.context_tokens,
+            "context_tokens_read": total.context_tokens_read,
+            "placeholders": stats.placeholders,
+            "duplicates": stats.duplicates,
+        },
+        "drops": total.drops,
+        "errors": total.errors,
+        "lengths": {"edges": LENGTH_EDGES, "input": stats.input_lengths, "context": stats.context_lengths},
+        "sources": stats.sources,
+    }));
+    write_atomic(&folder.join(MANIFEST), manifest.as_bytes())?;
+    Ok(manifest)
+}
+
+/// What a finished part says of itself.
+#[derive(Deserialize)]
+struct PartFile {
+    part: usize,
+    of: usize,
+    num_shards: usize,
+    shards: Vec<PartShard>,
+    identity: Identity,
+}
+
+#[derive(Deserialize)]
+struct PartShard {
+    file: String,
+    sha256: String,
+}
+
+/// Prove that the parts in `folder` make one whole build, write its manifest and return its text.
+///
+/// # Errors
+/// If a part or a shard is missing, changed since, or of another build.
+pub fn merge(folder: &Path) -> Result<String> {
+    let parts = read_parts(folder)?;
+    let first = &parts[0];
+    if let Some(other) = parts.iter().find(|part| part.identity.build != first.identity.build) {
+        return Err(Error::input(format!(
+            "{}: part {} and part {} are of different builds ({} and {}); build them from one recipe and the same files",
+            folder.display(),
+            first.part,
+            other.part,
+            first.identity.build,
+            other.identity.build
+        )));
+    }
+    if let Some(other) = parts.iter().find(|part| part.num_shards != first.num_shards) {
+        return Err(Error::input(format!(
+            "{}: part {} counts {} shards, part {} counts {}; their sources differed, so build them again",
+            folder.display(),
+            first.part,
+            first.num_shards,
+            other.part,
+            other.num_shards
+        )));
+    }
+    let numbers: Vec<usize> = (0..first.num_shards).collect();
+    let shards = entries(folder, &first.identity.build, &numbers)?;
+    for listed in parts.iter().flat_map(|part| &part.shards) {
+        let found = shard_number(&listed.file).and_then(|number| shards.get(&number));
+        if found.is_none_or(|shard| shard.sha256 != listed.sha256) {
+            return Err(Error::shard(
+                &folder.join(&listed.file),
+                "it is not the file that its part wrote; build that part again",
+            ));
+        }
+    }
+    let text = write_manifest(folder, &first.identity, &shards)?;
+    clean(folder)?;
+    Ok(text)
+}
+
+/// All parts, of one division and complete.
+fn read_parts(folder: &Path) -> Result<Vec<PartFile>> {
+    let mut parts: BTreeMap<usize, Vec<PartFile>> = BTreeMap::new();
+    for name in names(folder)?.into_iter().filter(|name| name.starts_with("part-") && name.ends_with(".json")) {
+        let path = folder.join(&name);
+        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, "reading", error))?;
+        let part: PartFile = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::input(format!("{}: not what a part writes: {error}", path.display())))?;
+        parts.entry(part.of).or_default().push(part);
+    }
+    let found: Vec<String> = parts.iter().map(|(of, parts)| format!("{} of {of}", parts.len())).collect();
+    parts.into_iter().find(|(of, parts)| parts.len() == *of && *of > 0).map(|(_, parts)| parts).ok_or_else(|| {
+        let found = if found.is_empty() { "none".to_owned() } else { found.join(" and ") };
+        Error::input(format!(
+            "{}: parts are missing: found {found}; run the others with --part i/n, or copy their files here",
+            folder.display()
+        ))
+    })
+}

@@ -1,0 +1,140 @@
+//! What a data set holds, counted shard by shard. A shard's header has its own counts; the manifest adds them up.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::datapoint::Datapoint;
+
+/// Upper bounds, exclusive, of the buckets in which lengths are counted; what is longer goes into one bucket more.
+pub const LENGTH_EDGES: [usize; 15] = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
+
+type Counted = BTreeMap<String, u64>;
+
+/// Counts of one source.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceStats {
+    /// Examples that its rows gave.
+    pub offered: u64,
+    /// Those that were kept.
+    pub examples: u64,
+    /// Datapoints made of them.
+    pub datapoints: u64,
+    /// Tokens of prompts and answers.
+    pub input_tokens: u64,
+    /// Tokens that are learned: answers and ends of turn.
+    pub answer_tokens: u64,
+    /// Tokens of the contexts, each counted for every datapoint that reads it.
+    pub context_tokens_read: u64,
+    /// Examples left out, by reason.
+    pub drops: Counted,
+    /// Examples passed over because they cannot be used, by reason.
+    pub errors: Counted,
+    /// Datapoints by answer, where answers are labels.
+    pub answers: Counted,
+}
+
+/// Counts of a shard or of a whole data set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Stored contexts.
+    pub contexts: u64,
+    /// Their tokens.
+    pub context_tokens: u64,
+    /// Placeholders.
+    pub placeholders: u64,
+    /// Datapoints that repeat another one of the same shard: the same input, context and positions.
+    pub duplicates: u64,
+    /// Datapoints by input tokens, as [`LENGTH_EDGES`] bounds them.
+    pub input_lengths: Vec<u64>,
+    /// Datapoints by context tokens.
+    pub context_lengths: Vec<u64>,
+    /// By source.
+    pub sources: BTreeMap<String, SourceStats>,
+}
+
+impl SourceStats {
+    pub(crate) fn drop_one(&mut self, reason: &str) {
+        *self.drops.entry(reason.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn pass_over(&mut self, reason: &str) {
+        *self.errors.entry(reason.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn keep(&mut self, datapoints: &[Datapoint], counts_answers: bool) {
+        self.examples += 1;
+        self.datapoints += datapoints.len() as u64;
+        for datapoint in datapoints {
+            self.input_tokens += datapoint.input_ids.len() as u64;
+            self.answer_tokens += datapoint.input_ids.len() as u64 - datapoint.answer_start as u64;
+            self.context_tokens_read += datapoint.context_ids.len() as u64;
+            if counts_answers {
+                *self.answers.entry(datapoint.answer.to_string()).or_default() += 1;
+            }
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.offered += other.offered;
+        self.examples += other.examples;
+        self.datapoints += other.datapoints;
+        self.input_tokens += other.input_tokens;
+        self.answer_tokens += other.answer_tokens;
+        self.context_tokens_read += other.context_tokens_read;
+        for (mine, theirs) in
+            [(&mut self.drops, &other.drops), (&mut self.errors, &other.errors), (&mut self.answers, &other.answers)]
+        {
+            add_counted(mine, theirs);
+        }
+    }
+}
+
+impl Stats {
+    pub(crate) fn source(&mut self, name: &str) -> &mut SourceStats {
+        self.sources.entry(name.to_owned()).or_default()
+    }
+
+    /// Count the lengths of what a shard holds.
+    pub(crate) fn measure(&mut self, datapoints: &[Datapoint]) {
+        self.input_lengths = histogram(datapoints.iter().map(|datapoint| datapoint.input_ids.len()));
+        self.context_lengths = histogram(datapoints.iter().map(|datapoint| datapoint.context_ids.len()));
+    }
+
+    /// Add another shard's counts.
+    pub fn add(&mut self, other: &Self) {
+        self.contexts += other.contexts;
+        self.context_tokens += other.context_tokens;
+        self.placeholders += other.placeholders;
+        self.duplicates += other.duplicates;
+        for (mine, theirs) in
+            [(&mut self.input_lengths, &other.input_lengths), (&mut self.context_lengths, &other.context_lengths)]
+        {
+            mine.resize(mine.len().max(theirs.len()), 0);
+            mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
+        }
+        for (name, source) in &other.sources {
+            self.source(name).add(source);
+        }
+    }
+
+    /// The sum of the sources.
+    #[must_use]
+    pub fn total(&self) -> SourceStats {
+        let mut total = SourceStats::default();
+        self.sources.values().for_each(|source| total.add(source));
+        total
+    }
+}
+
+fn histogram(lengths: impl Iterator<Item = usize>) -> Vec<u64> {
+    let mut buckets = vec![0; LENGTH_EDGES.len() + 1];
+    lengths.for_each(|length| buckets[LENGTH_EDGES.partition_point(|&edge| edge <= length)] += 1);
+    buckets
+}
+
+fn add_counted(mine: &mut Counted, theirs: &Counted) {
+    for (reason, count) in theirs {
+        *mine.entry(reason.clone()).or_default() += count;
+    }
+}
