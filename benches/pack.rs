@@ -5,13 +5,17 @@
 
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ao_core::example::Context;
 use ao_core::frame::Framer;
-use ao_core::pack::PackWriter;
+use ao_core::pack::{PackWriter, Run};
 use ao_core::plan::{PlanSettings, plan};
+use ao_core::rows::Table;
 use ao_core::sample::Draws;
+use ao_core::source::Source;
+use ao_core::stats::Stats;
 use ao_core::{layout, shard};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::{Value, json};
@@ -66,7 +70,7 @@ fn examples() -> (Vec<u8>, Vec<u8>) {
             });
             records.extend(format!("{example}\n").into_bytes());
         }
-        let example = json!({"id": format!("t{at}"), "context": prose(&mut draws, 120)});
+        let example = json!({"text": prose(&mut draws, 120)});
         texts.extend(format!("{example}\n").into_bytes());
     }
     (records, texts)
@@ -78,14 +82,19 @@ fn pack_into(folder: &Path, framer: &Framer, (records, texts): &(Vec<u8>, Vec<u8
         "max_input_tokens": 4096, "max_context_tokens": 4096,
     });
     let reads = json!([{"share": 0.4, "all": true}, {"share": 0.6, "window": [1, 3], "before_end": [0, 9]}]);
-    let mut writer = PackWriter::new(folder, framer, &settings.to_string()).expect("the settings are sound");
+    let mut writer =
+        PackWriter::new(folder, framer, &settings.to_string(), Run::default()).expect("the settings are sound");
     for (source, lines) in [
         (json!({"name": "records", "kind": "records", "reads": reads}), records),
         (json!({"name": "texts", "kind": "context_prediction"}), texts),
     ] {
-        writer.add(framer, &source.to_string(), lines).expect("the examples are sound");
+        let table = json!({"prefix": source["name"], "origin": "memory"});
+        let table = Table::from_json(&table.to_string()).expect("the table is sound");
+        let source = Arc::new(Source::from_json(&source.to_string()).expect("the source is sound"));
+        let rows: Vec<&[u8]> = lines.split(|&byte| byte == b'\n').collect();
+        writer.add(framer, &source, &table, 0, &rows).expect("the examples are sound");
     }
-    serde_json::from_str(&writer.finish().expect("the folder can be written")).expect("the manifest is JSON")
+    serde_json::from_str(&writer.finish(framer).expect("the folder can be written")).expect("the manifest is JSON")
 }
 
 fn tokenize(criterion: &mut Criterion) {
@@ -174,7 +183,9 @@ fn open(criterion: &mut Criterion) {
     let datapoints = layout::decode(&path).expect("the shard is whole");
     group.throughput(Throughput::Elements(datapoints.len() as u64));
     group.bench_function("open", |bench| bench.iter(|| layout::layout(black_box(&path)).expect("it is whole")));
-    group.bench_function("encode", |bench| bench.iter(|| shard::encode(black_box(&datapoints), &Value::Null)));
+    group.bench_function("encode", |bench| {
+        bench.iter(|| shard::encode(black_box(&datapoints), &mut Stats::default(), |_| json!({})));
+    });
 }
 
 criterion_group! {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use ao_core::datapoint::Datapoint;
 use ao_core::layout::{decode, layout, metadata, verify};
 use ao_core::manifest::{sha256_hex, write_atomic};
+use ao_core::stats::Stats;
 use ao_core::{Error, shard};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -56,7 +57,7 @@ proptest! {
     fn what_is_written_is_read_back(datapoints in datapoints()) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shard-00000.safetensors");
-        let bytes = shard::encode(&datapoints, &json!({"oracle": 1})).unwrap();
+        let bytes = shard::encode(&datapoints, &mut Stats::default(), |stats| json!({"stats": stats})).unwrap();
         write_atomic(&path, &bytes).unwrap();
         prop_assert_eq!(decode(&path).unwrap(), datapoints.clone());
         // Distinct contexts that begin no other, by comparing all pairs.
@@ -65,7 +66,7 @@ proptest! {
         stored.dedup();
         let held = stored.iter().filter(|one| !stored.iter().any(|other| other != *one && other.starts_with(one))).count();
         let described: Value = serde_json::from_str(&metadata(&path).unwrap()).unwrap();
-        prop_assert_eq!(described["counts"]["contexts"].as_u64(), Some(held as u64));
+        prop_assert_eq!(described["stats"]["contexts"].as_u64(), Some(held as u64));
         for array in layout(&path).unwrap() {
             prop_assert_eq!(array.offset % u64::from(array.dtype[1..].parse::<u32>().unwrap() / 8), 0);
         }
@@ -76,7 +77,7 @@ proptest! {
     fn damage_never_panics(datapoints in datapoints(), at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shard-00000.safetensors");
-        let mut bytes = shard::encode(&datapoints, &Value::Null).unwrap();
+        let mut bytes = shard::encode(&datapoints, &mut Stats::default(), |_| json!({})).unwrap();
         let at = at.index(bytes.len());
         if cut { bytes.truncate(at) } else { bytes[at] = to }
         std::fs::write(&path, &bytes).unwrap();
@@ -95,7 +96,7 @@ struct Broken {
 impl Broken {
     fn new() -> Self {
         let datapoints: Vec<_> = (0..3).map(|at| datapoint(at, vec![1, 2, at as i32], 5, 2, at)).collect();
-        let bytes = shard::encode(&datapoints, &Value::Null).expect("it can be written");
+        let bytes = shard::encode(&datapoints, &mut Stats::default(), |_| json!({})).expect("it can be written");
         let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
         let header = serde_json::from_slice(&bytes[8..8 + length]).expect("a header is JSON");
         Self { header, data: bytes[8 + length..].to_vec() }

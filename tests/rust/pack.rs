@@ -10,7 +10,7 @@ use std::path::Path;
 use ao_core::error::Error;
 use ao_core::layout::decode;
 use ao_core::manifest::{canonical_json, sha256_hex, write_atomic};
-use ao_core::pack::PackWriter;
+use ao_core::source::Source;
 use serde_json::{Value, json};
 
 /// Hashes of all files and a readable dump of some datapoints. With `AO_UPDATE_GOLDEN` set it is written, not compared.
@@ -70,14 +70,15 @@ fn any_cut_of_the_input_writes_the_same_bytes() {
     let whole = tempfile::tempdir().unwrap();
     common::pack(&framer, whole.path(), &common::settings()).unwrap();
     let pieces = tempfile::tempdir().unwrap();
-    let mut writer = PackWriter::new(pieces.path(), &framer, &common::settings().to_string()).unwrap();
+    let mut writer = common::writer(&framer, pieces.path(), &common::settings()).unwrap();
     for (source, examples) in [(common::records_source(), common::records()), (common::lens_source(), common::texts())]
     {
-        for example in examples {
-            writer.add(&framer, &source.to_string(), example.to_string().as_bytes()).unwrap();
+        for (at, example) in examples.iter().enumerate() {
+            common::add(&mut writer, &framer, &source, at, &[example]).unwrap();
         }
     }
-    writer.finish().unwrap();
+    writer.finish(&framer).unwrap();
+    drop(writer);
     assert_eq!(common::files(whole.path()), common::files(pieces.path()));
 }
 
@@ -86,9 +87,9 @@ fn an_example_draws_the_same_whatever_stands_beside_it() {
     let framer = common::gemma();
     let read = |examples: &[Value]| {
         let folder = tempfile::tempdir().unwrap();
-        let mut writer = PackWriter::new(folder.path(), &framer, &common::settings().to_string()).unwrap();
-        writer.add(&framer, &common::records_source().to_string(), &common::lines(examples)).unwrap();
-        writer.finish().unwrap();
+        let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+        common::add(&mut writer, &framer, &common::records_source(), 0, examples).unwrap();
+        writer.finish(&framer).unwrap();
         decode(&folder.path().join("shard-00000.safetensors")).unwrap()
     };
     let together = read(&common::records()[..12]);
@@ -104,7 +105,7 @@ fn the_manifest_says_what_was_packed() {
     assert_eq!(text, canonical_json(&manifest));
     assert_eq!(manifest["schema"], 1);
     assert_eq!(manifest["oracle"], common::settings()["oracle"]);
-    assert_eq!(manifest["counts"]["sources"]["other"], 1);
+    assert_eq!(manifest["sources"]["records"]["examples"], 28);
     let mut datapoints = 0;
     for shard in manifest["shards"].as_array().unwrap() {
         let path = folder.path().join(shard["file"].as_str().unwrap());
@@ -156,15 +157,15 @@ fn what_was_asked_for_is_what_is_read() {
 fn context_prediction_asks_about_the_neighbours() {
     let framer = common::gemma();
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = PackWriter::new(folder.path(), &framer, &common::settings().to_string()).unwrap();
-    writer.add(&framer, &common::lens_source().to_string(), &common::lines(&common::texts())).unwrap();
-    writer.finish().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+    common::add(&mut writer, &framer, &common::lens_source(), 0, &common::texts()).unwrap();
+    writer.finish(&framer).unwrap();
     let mut seen = [0, 0];
     for datapoint in
         (0..2).flat_map(|at| decode(&folder.path().join(format!("shard-{at:05}.safetensors"))).unwrap_or_default())
     {
-        let number: usize = datapoint.id[1..].parse().unwrap();
-        let example = serde_json::from_value(common::texts()[number]["context"].clone()).unwrap();
+        let number: usize = datapoint.id.split('/').nth(1).unwrap().parse().unwrap();
+        let example = serde_json::from_value(common::texts()[number]["text"].clone()).unwrap();
         let full = framer.context(&example).unwrap().ids;
         let (first, last) = (datapoint.read_positions[0] as usize, *datapoint.read_positions.last().unwrap() as usize);
         assert!(first >= 1, "the beginning-of-sequence token is not read");
@@ -184,9 +185,9 @@ fn each_layer_can_be_its_own_datapoint() {
     let framer = common::gemma();
     let folder = tempfile::tempdir().unwrap();
     let settings = json_with(&common::settings(), "layers_per_example", &json!("each"));
-    let mut writer = PackWriter::new(folder.path(), &framer, &settings.to_string()).unwrap();
-    writer.add(&framer, &common::records_source().to_string(), &common::lines(&common::records()[..2])).unwrap();
-    writer.finish().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &settings).unwrap();
+    common::add(&mut writer, &framer, &common::records_source(), 0, &common::records()[..2]).unwrap();
+    writer.finish(&framer).unwrap();
     let ids: Vec<String> =
         decode(&folder.path().join("shard-00000.safetensors")).unwrap().into_iter().map(|d| d.id).collect();
     assert_eq!(ids, ["r0@L3", "r0@L6", "r0@L9", "r1@L3", "r1@L6", "r1@L9"]);
@@ -212,20 +213,16 @@ fn what_is_too_long_is_counted() {
 fn texts_without_room_or_text_are_counted() {
     let framer = common::gemma();
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = PackWriter::new(folder.path(), &framer, &common::settings().to_string()).unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
     let source =
         json!({"name": "t", "kind": "context_prediction", "single_share": 1.0, "predict": [1, 1], "direction": "next"});
-    let add = |writer: &mut PackWriter, id: &str, context: &str| {
-        writer
-            .add(&framer, &source.to_string(), json!({"id": id, "context": context}).to_string().as_bytes())
-            .unwrap()
-            .drops
-    };
-    assert_eq!(add(&mut writer, "short", "a")["context_too_short"], 1);
-    assert_eq!(add(&mut writer, "split", "\u{1f600}")["answer_not_decodable"], 1);
-    assert_eq!(add(&mut writer, "special", "a<turn|>")["special_token_in_answer"], 1);
-    let error = writer.finish().unwrap_err().to_string();
-    assert!(error.contains("no example was kept") && error.contains("special_token_in_answer"), "{error}");
+    let texts = ["a", "\u{1f600}", "a<turn|>"].map(|text| json!({"text": text}));
+    common::add(&mut writer, &framer, &source, 0, &texts).unwrap();
+    let error = writer.finish(&framer).unwrap_err().to_string();
+    assert!(error.contains("no example was kept"), "{error}");
+    for reason in ["context_too_short", "answer_not_decodable", "special_token_in_answer"] {
+        assert!(error.contains(&format!("{reason:?}: 1")), "{error}");
+    }
 }
 
 fn json_with(value: &Value, field: &str, new: &Value) -> Value {
@@ -239,7 +236,7 @@ fn refused(changes: &Value) -> (Error, BTreeMap<String, Vec<u8>>) {
     let framer = common::gemma();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let settings = json_with(&common::settings(), "examples_per_shard", &json!(1));
-    let mut writer = PackWriter::new(folder.path(), &framer, &settings.to_string()).expect("the settings are sound");
+    let mut writer = common::writer(&framer, folder.path(), &settings).expect("the settings are sound");
     let sound = json!({"id": "sound", "context": "a b c", "question": "q", "answer": "a"});
     let mut broken = json_with(&sound, "id", &json!("broken"));
     for (field, value) in changes.as_object().expect("changes are an object") {
@@ -249,10 +246,10 @@ fn refused(changes: &Value) -> (Error, BTreeMap<String, Vec<u8>>) {
             broken[field] = value.clone();
         }
     }
-    let error = writer
-        .add(&framer, &common::records_source().to_string(), &common::lines(&[sound, broken]))
+    let error = common::add(&mut writer, &framer, &common::records_source(), 0, &[sound, broken])
         .expect_err("it must be refused");
-    assert!(writer.finish().is_err(), "a failed writer writes no manifest");
+    assert!(writer.finish(&framer).is_err(), "a failed writer writes no manifest");
+    drop(writer);
     (error, common::files(folder.path()))
 }
 
@@ -260,9 +257,9 @@ fn refused(changes: &Value) -> (Error, BTreeMap<String, Vec<u8>>) {
 fn a_bad_example_is_named_and_leaves_nothing_half_written() {
     let chat = json!([{"role": "user", "content": "hi"}]);
     let cases = [
-        (json!({"id": null}), "line 2: missing field `id`"),
+        (json!({"id": null}), "records.jsonl: line 2: missing field `id`"),
         (json!({"quesiton": "q"}), "line 2: unknown field `quesiton`, expected one of `id`, `source`, `context`"),
-        (json!({"context": 3}), "must be a string or a list"),
+        (json!({"context": 3}), "expected a string or a list"),
         (json!({"context": [{"role": "user", "text": "x"}]}), "unknown field `text`"),
         (json!({"target": "basis"}), "unknown variant `basis`"),
         (json!({"positions": "some"}), "\"positions\" must be"),
@@ -273,8 +270,8 @@ fn a_bad_example_is_named_and_leaves_nothing_half_written() {
         (json!({"answer": ""}), "example \"broken\": the answer is empty: an example without a supervised token"),
         (json!({"context": ""}), "the context is an empty string"),
         (json!({"positions": []}), "\"positions\" is an empty list"),
-        (json!({"positions": [99]}), "names index 99 of"),
-        (json!({"positions": [-99]}), "names index -99 of"),
+        (json!({"positions": [99]}), "names index 99, but there are"),
+        (json!({"positions": [-99]}), "names index -99, but there are"),
         (json!({"layers": []}), "\"layers\" is an empty list"),
         (json!({"layers": [12]}), "the model has layers 0 to 11"),
         (json!({"layers": [1.0]}), "the model has layers 0 to 11"),
@@ -286,7 +283,8 @@ fn a_bad_example_is_named_and_leaves_nothing_half_written() {
         let (error, files) = refused(&changes);
         let text = error.to_string();
         assert!(text.contains("source \"records\"") && text.contains(what), "{text} does not contain {what}");
-        assert!(files.keys().all(|name| name == "shard-00000.safetensors"), "{:?}", files.keys());
+        let kept: Vec<&String> = files.keys().filter(|name| !name.starts_with(".lock")).collect();
+        assert_eq!(kept, ["shard-00000.safetensors"], "what was finished before stays, and nothing else");
     }
 }
 
@@ -302,46 +300,58 @@ fn wrong_settings_are_refused() {
         ("num_layers", json!(100_000), "at most 32767"),
         ("seeds", json!(1), "unknown field `seeds`"),
     ] {
-        let settings = json_with(&common::settings(), field, &value).to_string();
-        let error = PackWriter::new(folder.path(), &framer, &settings).err().unwrap().to_string();
+        let settings = json_with(&common::settings(), field, &value);
+        let error = common::writer(&framer, folder.path(), &settings).err().unwrap().to_string();
         assert!(error.contains(what), "{error} does not contain {what}");
     }
 }
 
 #[test]
-fn wrong_sources_are_refused_and_do_not_end_the_writer() {
-    let framer = common::gemma();
-    let folder = tempfile::tempdir().unwrap();
-    let mut writer = PackWriter::new(folder.path(), &framer, &common::settings().to_string()).unwrap();
+fn wrong_sources_are_refused() {
+    let classification = |field: &str, value: Value| {
+        let sound =
+            json!({"name": "x", "kind": "classification", "questions": ["Is it {label}?"], "words": ["a", "b"]});
+        json_with(&sound, field, &value)
+    };
+    let records = |field: &str, value: Value| json_with(&json!({"name": "x", "kind": "records"}), field, &value);
+    let lens =
+        |field: &str, value: Value| json_with(&json!({"name": "x", "kind": "context_prediction"}), field, &value);
     for (source, what) in [
-        (json!({"name": "x", "kind": "latentqa"}), "\"kind\" must be"),
-        (json!({"name": "x", "kind": "records", "window": [1, 2]}), "are for the kind"),
-        (json!({"name": "x", "kind": "records", "reads": [{"share": 0.5, "all": true}]}), "must add up to 1, got 0.5"),
-        (json!({"name": "x", "kind": "records", "reads": [{"share": 0.0, "all": true}]}), "must be above 0"),
-        (json!({"name": "x", "kind": "records", "reads": [{"share": 1.0}]}), "needs one of"),
-        (json!({"name": "x", "kind": "records", "reads": [{"share": 1, "wide": 1}]}), "unknown field `wide`"),
-        (json!({"name": "x", "kind": "context_prediction", "predict": [0, 1]}), "\"predict\" must be"),
-        (json!({"name": "x", "kind": "context_prediction", "direction": "up"}), "\"direction\" must be"),
-        (json!({"name": "x", "kind": "context_prediction", "single_share": 2}), "between 0 and 1"),
+        (json!({"name": "x", "kind": "texts"}), "unknown variant `texts`"),
+        (json!({"name": "x", "kind": "latentqa"}), "missing field `questions`"),
+        (records("window", json!([1, 2])), "unknown field `window`"),
+        (records("reads", json!([{"share": 0.5, "all": true}])), "must add up to 1, got 0.5"),
+        (records("reads", json!([{"share": 0.0, "all": true}])), "must be above 0"),
+        (records("reads", json!([{"share": 1.0}])), "needs one of"),
+        (records("reads", json!([{"share": 1, "wide": 1}])), "unknown field `wide`"),
+        (records("count", json!(0)), "\"count\" must be at least 1"),
+        (records("count", json!(3)), "must be surveyed"),
+        (records("unanswerable", json!({"share": 2.0, "answer": "no"})), "between 0 and 1"),
+        (records("unanswerable", json!({"share": 0.5, "answer": " "})), "is empty"),
+        (lens("predict", json!([0, 1])), "\"predict\" must be"),
+        (lens("direction", json!("up")), "unknown variant `up`"),
+        (lens("single_share", json!(2)), "between 0 and 1"),
+        (lens("draws_per_text", json!(0)), "at least 1"),
+        (lens("within", json!("user")), "unknown variant `user`"),
+        (lens("reads", json!([{"share": 1.0, "all": true}])), "is not for the kind"),
+        (lens("unanswerable", json!({"share": 0.5, "answer": "no"})), "is not for the kind"),
+        (classification("questions", json!([])), "\"questions\" is empty"),
+        (classification("questions_per_text", json!(0)), "at least 1"),
+        (classification("words", Value::Null), "must be surveyed"),
     ] {
-        let error = writer.add(&framer, &source.to_string(), b"").unwrap_err().to_string();
+        let error = Source::from_json(&source.to_string()).unwrap_err().to_string();
         assert!(error.contains(what), "{error} does not contain {what}");
     }
-    writer.add(&framer, &common::records_source().to_string(), &common::lines(&common::records())).unwrap();
-    writer.finish().unwrap();
-    assert!(writer.finish().unwrap_err().to_string().contains("has finished"));
 }
 
 #[test]
-fn a_shorter_data_set_replaces_a_longer_one() {
+fn a_finished_writer_refuses_more() {
     let framer = common::gemma();
     let folder = tempfile::tempdir().unwrap();
-    let small_shards = json_with(&common::settings(), "examples_per_shard", &json!(2));
-    common::pack(&framer, folder.path(), &small_shards).unwrap();
-    common::pack(&framer, folder.path(), &common::settings()).unwrap();
-    let fresh = tempfile::tempdir().unwrap();
-    common::pack(&framer, fresh.path(), &common::settings()).unwrap();
-    assert_eq!(common::files(folder.path()), common::files(fresh.path()));
+    let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+    common::add(&mut writer, &framer, &common::records_source(), 0, &common::records()).unwrap();
+    writer.finish(&framer).unwrap();
+    assert!(writer.finish(&framer).unwrap_err().to_string().contains("has finished"));
 }
 
 #[test]

@@ -126,7 +126,7 @@ impl Run<'_> {
         let question = Question {
             id,
             source: unit.source.name.clone(),
-            question: window.question,
+            text: window.question,
             answer: window.answer,
             layers: None,
             target: crate::example::Kind::Base,

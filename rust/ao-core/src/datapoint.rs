@@ -92,7 +92,7 @@ pub enum Outcome {
 pub(crate) struct Question {
     pub(crate) id: String,
     pub(crate) source: Arc<str>,
-    pub(crate) question: String,
+    pub(crate) text: String,
     pub(crate) answer: String,
     /// Which layers are read, where the example says it.
     pub(crate) layers: Option<Vec<Layer>>,
@@ -122,7 +122,7 @@ pub(crate) fn datapoints(
     let shared = Shared {
         source: question.source,
         context_ids: context.cut(length),
-        question: Arc::from(question.question),
+        question: Arc::from(question.text),
         answer: Arc::from(question.answer),
         meta: Arc::from(question.meta),
         read_positions,

@@ -195,6 +195,10 @@ fn part_name(part: Part) -> String {
     format!("part-{}-of-{}.json", part.index, part.of)
 }
 
+fn is_part(name: &str) -> bool {
+    name.strip_prefix("part-").and_then(|rest| rest.strip_suffix(".json")).is_some()
+}
+
 fn lock_name(part: Part) -> String {
     format!(".lock-{}-of-{}", part.index, part.of)
 }
@@ -219,7 +223,7 @@ fn remove(path: &Path) -> Result<()> {
 /// Remove what only an unfinished build needs.
 fn clean(folder: &Path) -> Result<()> {
     for name in names(folder)? {
-        if name.starts_with(".lock-") || (name.starts_with("part-") && name.ends_with(".json")) {
+        if name.starts_with(".lock-") || is_part(&name) {
             remove(&folder.join(name))?;
         }
     }
@@ -253,7 +257,9 @@ fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
 /// The manifest of a data set with these shards.
 fn write_manifest(folder: &Path, identity: &Identity, shards: &BTreeMap<usize, ShardEntry>) -> Result<String> {
     let mut stats = Stats::default();
-    shards.values().for_each(|shard| stats.add(&shard.stats));
+    for shard in shards.values() {
+        stats.add(&shard.stats);
+    }
     let total = stats.total();
     if total.datapoints == 0 {
         return Err(Error::input(format!(
@@ -355,7 +361,7 @@ pub fn merge(folder: &Path) -> Result<String> {
 /// All parts, of one division and complete.
 fn read_parts(folder: &Path) -> Result<Vec<PartFile>> {
     let mut parts: BTreeMap<usize, Vec<PartFile>> = BTreeMap::new();
-    for name in names(folder)?.into_iter().filter(|name| name.starts_with("part-") && name.ends_with(".json")) {
+    for name in names(folder)?.into_iter().filter(|name| is_part(name)) {
         let path = folder.join(&name);
         let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, "reading", error))?;
         let part: PartFile = serde_json::from_slice(&bytes)

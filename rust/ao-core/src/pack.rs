@@ -6,7 +6,7 @@
 //! the data set is whole.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::JoinHandle;
 
 use rayon::prelude::*;
@@ -271,7 +271,7 @@ fn encode(folder: &BuildFolder, number: usize, built: Built) -> Result<Encoded> 
 }
 
 impl Encoded {
-    fn write(self, path: &PathBuf) -> Result<ShardEntry> {
+    fn write(self, path: &Path) -> Result<ShardEntry> {
         write_atomic(path, &self.bytes)?;
         let Self { number, bytes, stats } = self;
         Ok(ShardEntry { number, sha256: sha256_hex(&bytes), bytes: bytes.len() as u64, stats })

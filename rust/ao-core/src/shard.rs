@@ -113,7 +113,9 @@ fn duplicates(datapoints: &[Datapoint]) -> u64 {
         let mut hasher = Xxh3::new();
         for part in [&datapoint.input_ids, &*datapoint.context_ids, &datapoint.read_positions] {
             hasher.update(&part.len().to_le_bytes());
-            part.iter().for_each(|value| hasher.update(&value.to_le_bytes()));
+            for value in part {
+                hasher.update(&value.to_le_bytes());
+            }
         }
         !seen.insert(hasher.digest128())
     };

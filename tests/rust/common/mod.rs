@@ -3,10 +3,13 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ao_core::Result;
 use ao_core::frame::Framer;
-use ao_core::pack::PackWriter;
+use ao_core::pack::{PackWriter, Progress, Run};
+use ao_core::rows::Table;
+use ao_core::source::Source;
 use serde_json::{Value, json};
 
 pub fn golden(name: &str) -> PathBuf {
@@ -90,21 +93,46 @@ pub fn records() -> Vec<Value> {
 }
 
 pub fn texts() -> Vec<Value> {
-    (0..24)
-        .map(|at| json!({"id": format!("t{at}"), "context": format!("The weather in Paris is fine today, {at} \u{1f600} times.")}))
-        .collect()
+    (0..24).map(|at| json!({"text": format!("The weather in Paris is fine today, {at} \u{1f600} times.")})).collect()
 }
 
-pub fn lines(examples: &[Value]) -> Vec<u8> {
-    examples.iter().flat_map(|example| format!("{example}\n").into_bytes()).collect()
+/// A writer that builds everything.
+pub fn writer(framer: &Framer, folder: &Path, settings: &Value) -> Result<PackWriter> {
+    PackWriter::new(folder, framer, &settings.to_string(), Run::default())
+}
+
+/// A table named after its source.
+pub fn table(source: &Value) -> Table {
+    let name = source["name"].as_str().expect("sources have names");
+    Table::from_json(&json!({"prefix": name, "origin": format!("{name}.jsonl"), "unit": "line"}).to_string())
+        .expect("the table is sound")
+}
+
+/// Add `rows`, of which the first has number `first`, of a source that needs no survey.
+pub fn add(
+    writer: &mut PackWriter,
+    framer: &Framer,
+    source: &Value,
+    first: usize,
+    rows: &[impl ToString],
+) -> Result<Progress> {
+    let lines: Vec<String> = rows.iter().map(ToString::to_string).collect();
+    let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+    let settled = Arc::new(Source::from_json(&source.to_string())?);
+    writer.add(framer, &settled, &table(source), first, &rows).cloned()
 }
 
 /// Pack the examples above into `folder` and return the manifest.
 pub fn pack(framer: &Framer, folder: &Path, settings: &Value) -> Result<Value> {
-    let mut writer = PackWriter::new(folder, framer, &settings.to_string())?;
-    writer.add(framer, &records_source().to_string(), &lines(&records()))?;
-    writer.add(framer, &lens_source().to_string(), &lines(&texts()))?;
-    let manifest = writer.finish()?;
+    pack_with(framer, folder, settings, Run::default())
+}
+
+/// The same in a given way: a part, or going on.
+pub fn pack_with(framer: &Framer, folder: &Path, settings: &Value, run: Run) -> Result<Value> {
+    let mut writer = PackWriter::new(folder, framer, &settings.to_string(), run)?;
+    add(&mut writer, framer, &records_source(), 0, &records())?;
+    add(&mut writer, framer, &lens_source(), 0, &texts())?;
+    let manifest = writer.finish(framer)?;
     Ok(serde_json::from_str(&manifest).expect("the manifest is JSON"))
 }
 

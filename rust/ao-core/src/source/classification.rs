@@ -82,7 +82,7 @@ impl Classification {
         let row: Map<String, Value> = place.parse(row)?;
         let examples: Vec<u32> = (0..self.questions_per_text).collect();
         let unit = |id: String, text: String, label: &str| {
-            let (context, read) = user_turn(text);
+            let (context, read) = user_turn(&text);
             (
                 id,
                 examples.clone(),
@@ -163,7 +163,7 @@ impl Classification {
         };
         Ok(Question {
             source: source.name.clone(),
-            question: format!("{}{question}", self.prefix),
+            text: format!("{}{question}", self.prefix),
             answer: answer.to_owned(),
             layers: None,
             target: Kind::Base,

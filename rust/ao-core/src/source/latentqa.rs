@@ -15,21 +15,33 @@ use crate::example::{Context, Kind, Message, Read};
 use crate::manifest::canonical_json;
 use crate::sample::Draws;
 
-/// The turns of each type of stimulus: role and field.
-const TURNS: [(&str, &[(&str, &str)], usize); 4] = [
-    ("system", &[("system", "system"), ("user", "stimulus_user")], 1),
-    ("control", &[("user", "control_user")], 0),
-    ("stimulus", &[("user", "control_user"), ("assistant", "control_model"), ("user", "stimulus_user")], 2),
-    (
-        "stimulus_completion",
-        &[
+/// One type of stimulus.
+struct Type {
+    name: &'static str,
+    /// Role and field of each turn.
+    turns: &'static [(&'static str, &'static str)],
+    /// The first turn that is read; 0: everything is.
+    first_read: usize,
+}
+
+const TYPES: [Type; 4] = [
+    Type { name: "system", turns: &[("system", "system"), ("user", "stimulus_user")], first_read: 1 },
+    Type { name: "control", turns: &[("user", "control_user")], first_read: 0 },
+    Type {
+        name: "stimulus",
+        turns: &[("user", "control_user"), ("assistant", "control_model"), ("user", "stimulus_user")],
+        first_read: 2,
+    },
+    Type {
+        name: "stimulus_completion",
+        turns: &[
             ("user", "control_user"),
             ("assistant", "control_model"),
             ("user", "stimulus_user"),
             ("assistant", "stimulus_model"),
         ],
-        2,
-    ),
+        first_read: 2,
+    },
 ];
 
 /// The questions of all labels.
@@ -44,8 +56,8 @@ impl LatentQa {
     pub(super) fn asked(&self, place: &RowPlace<'_>, id: &str, row: &[u8]) -> Result<(Vec<u32>, Asked)> {
         let row: Map<String, Value> = place.parse(row)?;
         let kind = place.table.r#type.as_deref().unwrap_or_default();
-        let Some((_, turns, first_read)) = TURNS.iter().find(|(name, ..)| *name == kind) else {
-            let names: Vec<&str> = TURNS.iter().map(|(name, ..)| *name).collect();
+        let Some(Type { turns, first_read, .. }) = TYPES.iter().find(|known| known.name == kind) else {
+            let names = TYPES.map(|known| known.name);
             return Err(Error::settings(format!("a LatentQA table has type {kind:?}; expected one of {names:?}")));
         };
         let messages = turns
@@ -76,7 +88,7 @@ impl LatentQa {
         Question {
             id,
             source: source.name.clone(),
-            question: question.clone(),
+            text: question.clone(),
             answer: answer.clone(),
             layers: None,
             target: Kind::Base,

@@ -9,7 +9,7 @@ mod latentqa;
 mod records;
 mod survey;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
@@ -322,8 +322,7 @@ impl RowPlace<'_> {
         key: &str,
     ) -> Result<&'a serde_json::Value> {
         row.get(key).ok_or_else(|| {
-            let there: BTreeMap<&str, ()> = row.keys().map(|key| (key.as_str(), ())).collect();
-            let there: Vec<&str> = there.into_keys().collect();
+            let there: BTreeSet<&String> = row.keys().collect();
             self.error("bad_field", format!("key {key:?} is missing; there are {there:?}"))
         })
     }
@@ -335,7 +334,7 @@ fn strip(text: &str) -> &str {
 }
 
 /// A user's turn that holds `text`, and the read of its whole content.
-fn user_turn(text: String) -> (Context, Vec<Read>) {
+fn user_turn(text: &str) -> (Context, Vec<Read>) {
     let read = Read { message: Some(0), start: Some(0), end: Some(text.chars().count()), onwards: false };
-    (Context::Messages(vec![crate::turns::user(&text)]), vec![read])
+    (Context::Messages(vec![crate::turns::user(text)]), vec![read])
 }

@@ -55,7 +55,7 @@ impl Record {
         Ok(Question {
             id,
             source: self.source.as_deref().map_or_else(|| source.name.clone(), Arc::from),
-            question: given("question", &self.question)?,
+            text: given("question", &self.question)?,
             answer: given("answer", &self.answer)?,
             layers: self.layers.clone(),
             target: self.target,

@@ -1,0 +1,311 @@
+//! Builds in parts, builds that stop and go on, and what is counted: always the same bytes as one run.
+
+#![allow(clippy::unwrap_used, reason = "a test stops where it fails")]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ao_core::folder::{Part, merge};
+use ao_core::frame::Framer;
+use ao_core::layout::decode;
+use ao_core::pack::{PackWriter, Progress, Run};
+use ao_core::sample::Draws;
+use ao_core::source::{Source, Survey};
+use serde_json::{Value, json};
+
+fn part(index: usize, of: usize) -> Run {
+    Run { part: Part { index, of }, ..Run::default() }
+}
+
+const RESUME: Run = Run { part: Part { index: 0, of: 1 }, resume: true, max_errors: 0 };
+
+/// Small shards, so that a build has many.
+fn settings() -> Value {
+    let mut settings = common::settings();
+    settings["examples_per_shard"] = json!(5);
+    settings
+}
+
+fn whole(framer: &Framer) -> std::collections::BTreeMap<String, Vec<u8>> {
+    let folder = tempfile::tempdir().unwrap();
+    common::pack(framer, folder.path(), &settings()).unwrap();
+    common::files(folder.path())
+}
+
+#[test]
+fn parts_in_any_order_make_the_same_bytes_as_one_run() {
+    let framer = common::gemma();
+    let expected = whole(&framer);
+    assert!(expected.len() > 10 && expected.contains_key("manifest.json"), "{:?}", expected.keys());
+    for of in [2, 3, 20] {
+        let folder = tempfile::tempdir().unwrap();
+        for index in (0..of).rev() {
+            assert!(merge(folder.path()).unwrap_err().to_string().contains("parts are missing"));
+            common::pack_with(&framer, folder.path(), &settings(), part(index, of)).unwrap();
+        }
+        merge(folder.path()).unwrap();
+        assert_eq!(common::files(folder.path()), expected, "{of} parts");
+    }
+}
+
+#[test]
+fn a_part_on_another_disk_can_be_copied_in() {
+    let framer = common::gemma();
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    common::pack_with(&framer, here.path(), &settings(), part(0, 2)).unwrap();
+    common::pack_with(&framer, there.path(), &settings(), part(1, 2)).unwrap();
+    for (name, bytes) in common::files(there.path()) {
+        std::fs::write(here.path().join(name), bytes).unwrap();
+    }
+    merge(here.path()).unwrap();
+    assert_eq!(common::files(here.path()), whole(&framer));
+}
+
+#[test]
+fn a_merge_proves_every_shard() {
+    let framer = common::gemma();
+    let build = |damage: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        for index in 0..2 {
+            common::pack_with(&framer, folder.path(), &settings(), part(index, 2)).unwrap();
+        }
+        damage(folder.path());
+        let error = merge(folder.path()).unwrap_err().to_string();
+        assert!(!folder.path().join("manifest.json").exists());
+        error
+    };
+    let shard = "shard-00003.safetensors";
+    assert!(build(&|folder| std::fs::remove_file(folder.join(shard)).unwrap()).contains("no such file"));
+    let flip = |folder: &Path| {
+        let mut bytes = std::fs::read(folder.join(shard)).unwrap();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let text = bytes[header..].windows(4).position(|bytes| bytes == b"What").unwrap();
+        bytes[header + text] ^= 1;
+        std::fs::write(folder.join(shard), bytes).unwrap();
+    };
+    assert!(build(&flip).contains("not the file that its part wrote"));
+    let cut = |folder: &Path| {
+        let bytes = std::fs::read(folder.join(shard)).unwrap();
+        std::fs::write(folder.join(shard), &bytes[..bytes.len() - 8]).unwrap();
+    };
+    assert!(build(&cut).contains("the file is cut or has grown"));
+    let foreign = |folder: &Path| {
+        let mut other = settings();
+        other["seed"] = json!(8);
+        let elsewhere = tempfile::tempdir().unwrap();
+        common::pack(&framer, elsewhere.path(), &other).unwrap();
+        std::fs::copy(elsewhere.path().join(shard), folder.join(shard)).unwrap();
+    };
+    assert!(build(&foreign).contains("belongs to another build"));
+}
+
+/// Builds the first `examples` of the records and stops there, as a kill would, with a torn file beside.
+fn stop_early(framer: &Framer, folder: &Path, examples: usize) {
+    let mut writer = common::writer(framer, folder, &settings()).unwrap();
+    common::add(&mut writer, framer, &common::records_source(), 0, &common::records()[..examples]).unwrap();
+    drop(writer);
+    std::fs::write(folder.join(".shard-00004.safetensors.77.0.partial"), b"torn").unwrap();
+}
+
+#[test]
+fn a_build_that_stopped_goes_on_to_the_same_bytes() {
+    let framer = common::gemma();
+    let expected = whole(&framer);
+    for examples in [0, 4, 11, 28] {
+        let folder = tempfile::tempdir().unwrap();
+        stop_early(&framer, folder.path(), examples);
+        common::pack_with(&framer, folder.path(), &settings(), RESUME).unwrap();
+        assert_eq!(common::files(folder.path()), expected, "stopped after {examples}");
+    }
+}
+
+#[test]
+fn shards_that_are_there_are_not_built_again() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    stop_early(&framer, folder.path(), 28);
+    let mut writer = PackWriter::new(folder.path(), &framer, &settings().to_string(), RESUME).unwrap();
+    let progress = common::add(&mut writer, &framer, &common::records_source(), 0, &common::records()).unwrap();
+    assert_eq!(progress.offered, 28);
+    assert!(progress.skipped >= 15, "{progress:?}");
+}
+
+#[test]
+fn an_unfinished_build_is_neither_overwritten_nor_mixed_with_another() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    stop_early(&framer, folder.path(), 28);
+    let before = common::files(folder.path());
+    let refused = |settings: &Value, run: Run| {
+        PackWriter::new(folder.path(), &framer, &settings.to_string(), run).err().unwrap().to_string()
+    };
+    assert!(refused(&settings(), Run::default()).contains("go on with --resume, or remove the folder"));
+    for (field, value) in [("seed", json!(8)), ("inputs", json!([{"file": "a", "xxh3": "0"}]))] {
+        let mut other = settings();
+        other[field] = value;
+        assert!(refused(&other, RESUME).contains("belongs to another build"));
+    }
+    let shards = |files: &std::collections::BTreeMap<String, Vec<u8>>| {
+        files
+            .iter()
+            .filter(|(name, _)| name.starts_with("shard"))
+            .map(|(n, b)| (n.clone(), b.clone()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(shards(&common::files(folder.path())), shards(&before));
+    let _first = PackWriter::new(folder.path(), &framer, &settings().to_string(), RESUME).unwrap();
+    assert!(refused(&settings(), RESUME).contains("another process is building this part"));
+    assert!(refused(&settings(), part(2, 2)).contains("part 2/2 does not exist"));
+}
+
+#[test]
+fn bad_examples_are_passed_over_and_counted_up_to_a_number() {
+    let framer = common::gemma();
+    let mut rows: Vec<String> = common::records().iter().map(ToString::to_string).collect();
+    rows[3] = "{\"id\": \"r3\", ".to_owned();
+    rows[7] = json!({"id": "r7", "context": "a", "question": "q"}).to_string();
+    rows[9] = rows[8].clone();
+    rows[11] = json!({"id": "r11", "context": "a", "question": "q", "answer": "a", "extra": 1}).to_string();
+    rows[12] = "  ".to_owned();
+    let run = |max_errors: usize| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer =
+            PackWriter::new(folder.path(), &framer, &settings().to_string(), Run { max_errors, ..Run::default() })
+                .unwrap();
+        let done = common::add(&mut writer, &framer, &common::records_source(), 0, &rows)
+            .and_then(|progress| Ok((progress, writer.finish(&framer)?)));
+        let ids: Vec<String> = (0..6)
+            .filter_map(|at| decode(&folder.path().join(format!("shard-{at:05}.safetensors"))).ok())
+            .flatten()
+            .map(|datapoint| datapoint.id)
+            .collect();
+        done.map(|(progress, text)| (progress, serde_json::from_str::<Value>(&text).unwrap(), ids))
+    };
+    let (progress, manifest, ids): (Progress, Value, Vec<String>) = run(4).unwrap();
+    assert_eq!(manifest["errors"], json!({"bad_field": 1, "bad_value": 1, "duplicate_id": 1, "not_json": 1}));
+    assert_eq!(manifest["counts"]["offered"], 27);
+    assert_eq!(manifest["counts"]["examples"], 23);
+    assert_eq!(progress.messages.len(), 4);
+    assert!(progress.messages[0].contains("records.jsonl: line 4: not JSON, from column"), "{:?}", progress.messages);
+    assert!(ids.contains(&"r8".to_owned()) && !ids.contains(&"r7".to_owned()), "{ids:?}");
+    let error = run(1).unwrap_err().to_string();
+    assert!(error.contains("3 examples cannot be used, more than the 1 that are passed over"), "{error}");
+    assert!(run(0).unwrap_err().to_string().contains("line 4: not JSON"));
+}
+
+fn surveyed(source: &Value, rows: &[Value]) -> (Arc<Source>, Option<usize>) {
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+    let mut survey = Survey::new(&source.to_string()).unwrap();
+    assert!(survey.is_needed());
+    survey.add(&common::table(source), 0, &rows[..rows.len() / 2]);
+    survey.add(&common::table(source), rows.len() / 2, &rows[rows.len() / 2..]);
+    let (source, examples) = survey.settle();
+    (Arc::new(source), examples)
+}
+
+fn packed(
+    framer: &Framer,
+    settings: &Value,
+    source: &Arc<Source>,
+    described: &Value,
+    rows: &[Value],
+) -> Vec<ao_core::datapoint::Datapoint> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = common::writer(framer, folder.path(), settings).unwrap();
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+    writer.add(framer, source, &common::table(described), 0, &rows).unwrap();
+    writer.finish(framer).unwrap();
+    (0..100).map_while(|at| decode(&folder.path().join(format!("shard-{at:05}.safetensors"))).ok()).flatten().collect()
+}
+
+#[test]
+fn a_count_takes_the_examples_with_the_smallest_keys_in_their_order() {
+    let framer = common::gemma();
+    let described = json!({"name": "texts", "kind": "context_prediction", "seed": 7, "count": 20, "draws_per_text": 2,
+        "window": [1, 3], "predict": [1, 2]});
+    let (source, examples) = surveyed(&described, &common::texts());
+    assert_eq!(examples, Some(20));
+    let ids: Vec<String> =
+        packed(&framer, &settings(), &source, &described, &common::texts()).into_iter().map(|d| d.id).collect();
+    let mut keyed: Vec<(u64, usize, String)> = (0..48)
+        .map(|at| {
+            let id = format!("texts/{}/{}", at / 2, at % 2);
+            (Draws::new(7, &id, "draw").bits(), at, id)
+        })
+        .collect();
+    keyed.sort();
+    keyed.truncate(20);
+    keyed.sort_by_key(|(_, at, _)| *at);
+    let drawn: Vec<&String> = keyed.iter().map(|(_, _, id)| id).collect();
+    assert!(ids.iter().all(|id| drawn.contains(&id)), "only what was drawn");
+    assert!(ids.len() > 10, "but for drops, all of it: {ids:?}");
+    assert!(ids.is_sorted_by_key(|id| drawn.iter().position(|other| *other == id)));
+}
+
+#[test]
+fn labelled_texts_are_asked_about_labels_that_are_not_worded_alike() {
+    let framer = common::gemma();
+    let described = json!({"name": "tense", "kind": "classification", "seed": 3, "text": "{who} {what}", "label": "y",
+        "questions": ["Is it {label}?", "What is it?"], "labels": {"0": ["past", "over"], "1": ["present"], "2": ["past"]},
+        "questions_per_text": 2, "prefix": "Say: ", "reads": [{"share": 1, "all": true}]});
+    let rows: Vec<Value> = (0..40).map(|at| json!({"who": "He", "what": format!("went {at}"), "y": at % 3})).collect();
+    let (source, _) = surveyed(&described, &rows);
+    let datapoints = packed(&framer, &settings(), &source, &described, &rows);
+    assert_eq!(datapoints.len(), 80);
+    let (mut yes, mut no) = (0, 0);
+    for datapoint in &datapoints {
+        let number: usize = datapoint.id.split('/').nth(1).unwrap().parse().unwrap();
+        let words: &[&str] = [&["past", "over"][..], &["present"], &["past"]][number % 3];
+        let read: Vec<i32> = datapoint.read_positions.iter().map(|&at| datapoint.context_ids[at as usize]).collect();
+        assert!(framer.tokenizer().decode(&read).unwrap().starts_with(&format!("He went {number}")));
+        match datapoint.question.strip_prefix("Say: Is it ") {
+            Some(asked) => {
+                let asked = asked.trim_end_matches('?');
+                assert_eq!(&*datapoint.answer, if words.contains(&asked) { "Yes" } else { "No" }, "{datapoint:?}");
+                if &*datapoint.answer == "Yes" { yes += 1 } else { no += 1 }
+            }
+            None => assert!(words.contains(&&*datapoint.answer), "{datapoint:?}"),
+        }
+    }
+    assert!(yes + no == 40 && yes > 10 && no > 10, "each text is asked both ways: {yes} {no}");
+}
+
+#[test]
+fn unanswerable_examples_read_another_labels_context() {
+    let framer = common::gemma();
+    let questions = json!({"a": [["What is a?", "It is a."]], "b": [["What is b?", "It is b."]], "c": []});
+    let described = json!({"name": "qa", "kind": "latentqa", "seed": 5, "questions": questions,
+        "unanswerable": {"share": 0.4, "answer": "Cannot tell."}, "reads": [{"share": 1, "all": true}]});
+    let rows: Vec<Value> = (0..30)
+        .map(|at| {
+            let (label, shown) = [("a", "A"), ("b", "B"), ("c", "C")][at % 3];
+            json!({"label": label, "control_user": format!("{shown} {at}")})
+        })
+        .collect();
+    let mut table = common::table(&described);
+    table.r#type = Some("control".to_owned());
+    let source = Arc::new(Source::from_json(&described.to_string()).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let lines: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+    writer.add(&framer, &source, &table, 0, &lines).unwrap();
+    let manifest: Value = serde_json::from_str(&writer.finish(&framer).unwrap()).unwrap();
+    assert_eq!(manifest["drops"], json!({"label_without_questions": 10}));
+    let mut counts = [0, 0];
+    for shard in 0..2 {
+        for datapoint in decode(&folder.path().join(format!("shard-{shard:05}.safetensors"))).unwrap() {
+            let shown = framer.tokenizer().decode(&datapoint.context_ids).unwrap();
+            let own =
+                if datapoint.question.contains('a') && !datapoint.question.contains("b?") { "\nA " } else { "\nB " };
+            let unanswerable = &*datapoint.answer == "Cannot tell.";
+            assert_eq!(shown.contains(own), !unanswerable, "{shown} {datapoint:?}");
+            counts[usize::from(unanswerable)] += 1;
+        }
+    }
+    assert!(counts[0] > 5 && counts[1] > 3, "{counts:?}");
+}
