@@ -40,6 +40,14 @@ class Pack:
     """The recipe, a TOML file; relative source paths are taken from its folder."""
     out: Path | None = None
     """Folder of the packed data set, instead of data.out."""
+    part: str = "0/1"
+    """i/n: build every n-th shard from the i-th on, i from 0; --merge joins the parts."""
+    merge: bool = False
+    """Prove that all parts are there and whole, and join them."""
+    resume: bool = False
+    """Go on with a build that was stopped."""
+    max_errors: int = 0
+    """Pass over this many bad examples, counted by reason, before stopping."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -217,14 +225,31 @@ def _recipe(command: Pack | Train | Eval) -> Recipe:
 
 
 def _pack(command: Pack) -> dict[str, Any]:
-    from ao.pack import pack
+    from ao.pack import merge, pack, summary_text
 
     recipe = _recipe(command)
-    summary = pack(recipe, root=command.recipe.parent, out=command.out, progress=True)
+    if command.merge:
+        summary = merge(recipe, out=command.out)
+    else:
+        summary = pack(
+            recipe,
+            root=command.recipe.parent,
+            out=command.out,
+            part=_part(command.part),
+            resume=command.resume,
+            max_errors=command.max_errors,
+            progress=True,
+        )
     if not command.json:
-        for name, value in summary.items():
-            print(f"{name:>16}  {value}")
+        print(summary_text(summary))
     return summary
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, num = text.partition("/")
+    if not (index.isdecimal() and num.isdecimal() and int(index) < int(num)):
+        raise ValueError(f"--part {text!r}: expected i/n with i from 0 below n, such as 0/8 to 7/8")
+    return int(index), int(num)
 
 
 def _train(command: Train) -> dict[str, Any]:

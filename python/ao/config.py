@@ -6,7 +6,7 @@ Every command reads its part of the recipe; an unknown key is an error; the reso
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Range = tuple[int, int]
 """An inclusive range of whole numbers."""
+LayersPerExample = Literal["each", "one", "together"]
+"""each: a datapoint per layer; one: one layer drawn per example; together: one prompt that shows all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +73,64 @@ class ReadConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnanswerableConfig(Config):
+    """Examples whose placeholders read another example's context, so that no answer can be right: they teach abstention."""
+
+    share: float = 0.1
+    """Share of the source's examples that are made so."""
+    answer: str = "I cannot tell."
+    """What the oracle shall say then."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"unanswerable.share lies between 0 and 1, got {self.share}")
+        if not self.answer.strip():
+            raise ValueError("unanswerable.answer is empty; expected what the oracle shall say, as 'I cannot tell.'")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceBase(Config):
     """What every source has."""
 
     name: str
     """Name in counts, records and reports."""
-    path: str
+    path: str | None = None
     """File or folder; a relative path is taken from the recipe's folder."""
+    dataset: str | None = None
+    """Hugging Face data set (OWNER/NAME), streamed; instead of `path`."""
+    subset: str | None = None
+    """Its configuration, where it has several."""
+    split: str | None = None
+    """Its split, "train" without one; also of a folder that `save_to_disk` wrote."""
+    revision: str | None = None
+    """Its revision; "refs/convert/parquet" for a set that is a script."""
+    rows: int | None = None
+    """Rows read at most: the first ones of a file, of a hub's set the first of its own shuffle, keyed by data.seed."""
     count: int | None = None
     """Examples drawn from it, by key; all of them without a count."""
+    share: float | None = None
+    """Instead of `count`: its weight among the sources in what data.examples leaves to them."""
+    layers_per_example: LayersPerExample | None = None
+    """Datapoints of an example of this source; data.layers_per_example without a word."""
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"source {self.name!r}: count must be positive, got {self.count}")
+        where = f"source {self.name!r}"
+        if not self.name.strip():
+            raise ValueError("a source's name is empty; expected a word for counts and reports")
+        if (self.path is None) == (self.dataset is None):
+            got = "neither" if self.path is None else f"path={self.path!r} and dataset={self.dataset!r}"
+            raise ValueError(f"{where}: expected either path or dataset, got {got}")
+        for key in ("subset", "revision"):
+            if self.dataset is None and getattr(self, key) is not None:
+                raise ValueError(f"{where}: {key} belongs to a Hugging Face data set, got it beside path={self.path!r}")
+        for key in ("count", "rows"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{where}: {key} must be positive, got {value}")
+        if self.share is not None and not self.share > 0:
+            raise ValueError(f"{where}: share must be a positive weight, got {self.share}")
+        if self.share is not None and self.count is not None:
+            raise ValueError(f"{where}: expected count or share, got both ({self.count} and {self.share})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,36 +142,69 @@ class LatentQASource(SourceBase):
     """Which stimulus files are used; each must be there."""
     questions_per_stimulus: int | None = None
     """Question-answer pairs drawn per stimulus; all of its label's without a number."""
+    unanswerable: UnanswerableConfig | None = None
+    """Share of examples that cannot be answered; none without it."""
     reads: tuple[ReadConfig, ...] = (
         ReadConfig(share=0.5, all=True),
         ReadConfig(share=0.5, window=(1, 3), before_end=(1, 10)),
     )
     """Half the whole unmasked segment, half 1-3 tokens that end 1-10 tokens before its end (arXiv 2512.15674)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset is not None:
+            raise ValueError(f"source {self.name!r}: LatentQA is a folder of JSON files; expected path, got dataset")
+        if not self.types or len(set(self.types)) < len(self.types):
+            raise ValueError(f"source {self.name!r}: types: expected different types, one at least, got {self.types}")
+        if self.questions_per_stimulus is not None and self.questions_per_stimulus < 1:
+            raise ValueError(
+                f"source {self.name!r}: questions_per_stimulus must be positive, got {self.questions_per_stimulus}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationSource(SourceBase):
-    """A labelled table, CSV, JSON or JSONL, asked as Yes/No questions or by naming the label."""
+    """A labelled table, or a folder of tables, asked as Yes/No questions or by naming the label."""
 
     kind: Literal["classification"]
     text: str = "text"
-    """Column (or key) of the text that the target reads."""
+    """Column of the text that the target reads, or a template of columns: "{title}. {body}"."""
     label: str = "label"
-    """Column (or key) of its label."""
+    """Column of its label."""
     questions: tuple[str, ...]
-    """Templates. One with `{label}` is a Yes/No question about a label, right half of the time; others ask for the label's name."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """How labels are worded in questions and answers, by value; empty: as they stand. With labels "true"/"false" of a
-    Yes/No template without `{label}`, map them to "Yes" and "No"."""
+    """Templates; columns may stand in them, as {hypothesis}. One with `{label}` is a Yes/No question about a label, right
+    half of the time; others ask for the label's name."""
+    labels: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """How labels are worded in questions and answers, by value, one phrasing or several to draw from; with an empty list
+    rows of that label are left out. Without `labels` they stand as they are. With labels "true" and "false" of a question
+    without `{label}`, word them "Yes" and "No"."""
     prefix: str = ""
     """Put before every question, as "Answer with 'Yes' or 'No' only. "."""
     questions_per_text: int = 1
-    """Examples made of each text."""
+    """Examples made of each text, with different questions as long as they last."""
+    unanswerable: UnanswerableConfig | None = None
+    """Share of examples that cannot be answered; none without it."""
     reads: tuple[ReadConfig, ...] = (
         ReadConfig(share=2, window=(1, 1), before_end=(0, 4)),
         ReadConfig(share=1, window=(1, 50), before_end=(0, 4)),
     )
     """Two thirds one token 1-5 tokens before the end, one third windows of 1-50 (arXiv 2512.15674)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.questions:
+            raise ValueError(f"source {self.name!r}: questions is empty; expected at least one template")
+        if self.questions_per_text < 1:
+            raise ValueError(
+                f"source {self.name!r}: questions_per_text must be positive, got {self.questions_per_text}"
+            )
+        for value, phrasings in self.labels.items():
+            for phrasing in (phrasings,) if isinstance(phrasings, str) else phrasings:
+                if not phrasing.strip():
+                    raise ValueError(
+                        f"source {self.name!r}: labels.{value}: a phrasing is empty; to leave rows of this label out "
+                        "give an empty list"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +213,13 @@ class ContextPredictionSource(SourceBase):
 
     kind: Literal["context_prediction"]
     text: str = "text"
-    """Key of the text of a JSONL line; a line with `messages` is a chat; a .txt file is one document a paragraph."""
+    """Column of the text; a list of messages there, or under `messages`, is a chat."""
+    documents: Literal["paragraph", "file"] = "paragraph"
+    """What a document of a .txt file is: what stands between blank lines, or the file."""
+    within: Literal["all", "assistant"] = "all"
+    """assistant: only what the assistant says is read and predicted, for chats that `ao rollouts` wrote (on-policy)."""
+    draws_per_text: int = 1
+    """Examples made of each text or chat, each with its own window."""
     single_share: float = 0.5
     """Share of examples that read one token; the others read a window."""
     window: Range = (1, 50)
@@ -145,12 +231,26 @@ class ContextPredictionSource(SourceBase):
     max_context_tokens: int = 512
     """Longer documents are cut to their first tokens."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("draws_per_text", "max_context_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"source {self.name!r}: {key} must be positive, got {getattr(self, key)}")
+        for key in ("window", "predict"):
+            low, high = getattr(self, key)
+            if not 1 <= low <= high:
+                raise ValueError(f"source {self.name!r}: {key}: expected 1 <= min <= max, got [{low}, {high}]")
+        if not 0 <= self.single_share <= 1:
+            raise ValueError(f"source {self.name!r}: single_share lies in [0, 1], got {self.single_share}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsSource(SourceBase):
-    """JSONL lines that are Examples already."""
+    """Rows that are Examples already."""
 
     kind: Literal["records"]
+    unanswerable: UnanswerableConfig | None = None
+    """Share of examples that cannot be answered; none without it."""
     reads: tuple[ReadConfig, ...] = (ReadConfig(all=True),)
     """For examples that do not say their positions."""
 
@@ -168,8 +268,10 @@ class DataConfig(Config):
     """Every draw is keyed by this seed and the example's id."""
     read_depths: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Layers read, as depths: index = int(num_layers * depth)."""
-    layers_per_example: Literal["each", "one", "together"] = "one"
+    layers_per_example: LayersPerExample = "one"
     """each: a datapoint per layer; one: one layer drawn per example; together: one prompt that shows all."""
+    examples: int | None = None
+    """Examples of all sources together, for those that give a share; a source's own count is taken off first."""
     examples_per_shard: int = 8192
     """Consecutive examples in a shard; contexts are shared within it."""
     max_input_tokens: int = 4096
@@ -193,6 +295,44 @@ class DataConfig(Config):
         for name in ("examples_per_shard", "max_input_tokens", "max_context_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
+        source_counts(self.sources, self.examples)
+
+
+def source_counts(sources: Sequence[SourceConfig], examples: int | None) -> list[int | None]:
+    """How many examples each source gives at most; None for all that it has.
+
+    What `examples` leaves over the sources' own counts is parted by their shares, rounded so that the sum is exact.
+
+    Raises:
+        ValueError: shares without a total or a total without shares, sources with neither, or nothing left to part.
+    """
+    shares = [0.0 if source.share is None else source.share for source in sources]
+    shared = [source.name for source in sources if source.share is not None]
+    counts = [source.count for source in sources]
+    if examples is None:
+        if shared:
+            raise ValueError(f"data.examples is missing: {', '.join(shared)} give a share, expected the total to part")
+        return counts
+    if not sources:
+        return counts
+    neither = [source.name for source in sources if source.count is None and source.share is None]
+    if neither:
+        raise ValueError(f"data.examples is a total of {examples}: {', '.join(neither)} must give a share or a count")
+    left = examples - sum(count for count in counts if count is not None)
+    if not shared:
+        raise ValueError(f"data.examples is {examples}, but no source gives a share; expected one, or leave it out")
+    if left < len(shared):
+        raise ValueError(f"data.examples is {examples}: the sources' own counts leave {left} for {', '.join(shared)}")
+    ends = [0]
+    for index in range(len(sources)):
+        ends.append(round(left * sum(shares[: index + 1]) / sum(shares)))
+    drawn: list[int | None] = [
+        end - start if count is None else count for count, start, end in zip(counts, ends, ends[1:], strict=False)
+    ]
+    if 0 in drawn:
+        name = sources[drawn.index(0)].name
+        raise ValueError(f"data.examples is {examples}: the share of {name!r} is less than one example")
+    return drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +417,8 @@ class TaskConfig(Config):
             raise ValueError(f"eval task {self.name!r}: count must be positive, got {self.count}")
         if not self.sources:
             raise ValueError(f"eval task {self.name!r} has no source")
+        if shared := [source.name for source in self.sources if getattr(source, "share", None) is not None]:
+            raise ValueError(f"eval task {self.name!r}: {', '.join(shared)}: a share is for data.sources; give a count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +490,9 @@ def parse_recipe(values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file; relative source paths are resolved against its folder.
 
+    `include = ["data/paper.toml"]` at its top puts the `[[data.sources]]` and `[[eval.tasks]]` of other files before its
+    own; paths in them are taken from their own folder.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no TOML, or a key is unknown, missing or wrong.
@@ -355,11 +500,42 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such recipe; recipes/ has examples")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    values = _toml(path)
+    included = values.pop("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ValueError(f"{path}: include: expected a list of file names, got {included!r}")
+    for part, key in _INCLUDED:
+        found = [entry for name in included for entry in _included(path, name, part, key)]
+        if found:
+            values.setdefault(part, {}).setdefault(key, [])[:0] = found
     return parse_recipe(values, origin=str(path))
+
+
+_INCLUDED = (("data", "sources"), ("eval", "tasks"))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+
+
+def _included(recipe: Path, name: str, part: str, key: str) -> list[Any]:
+    path = recipe.parent / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{recipe}: include: {path} does not exist; it is taken from the recipe's folder")
+    values = _toml(path)
+    for other, entries in values.items():
+        known = dict(_INCLUDED).get(other)
+        if known is None or set(entries) - {known}:
+            raise ValueError(f"{path}: an included file has [[data.sources]] and [[eval.tasks]] only, got {other!r}")
+    entries = values.get(part, {}).get(key, [])
+    for entry in entries:
+        for source in entry.get("sources", [entry]):
+            if isinstance(source.get("path"), str):
+                source["path"] = str(Path(name).parent / source["path"])
+    return entries
 
 
 def to_dict(config: Config) -> dict[str, Any]:

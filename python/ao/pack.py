@@ -10,67 +10,170 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from ao import sources as readers
 from ao._ao import Framer, PackWriter, Source
-from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, to_dict
-from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
+from ao._ao import merge as merge_parts
+from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, source_counts, to_dict
+from ao.manifest import canonical_json, read_manifest, sync_folder
 from ao.prompt import framer, identity, resolve_layer
-from ao.sources import examples
 
 log = logging.getLogger(__name__)
 
-BATCH = 4096
-"""Examples handed to the writer at once."""
+WHOLE = (0, 1)
+"""The only part of a build that is not divided."""
 
 
-def pack(recipe: Recipe, *, root: Path, out: Path | None = None, progress: bool = False) -> dict[str, Any]:
-    """Build the packed data set of a recipe's `[data]` for its `[model]`.
+def pack(
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path | None = None,
+    part: tuple[int, int] = WHOLE,
+    resume: bool = False,
+    restart: bool = False,
+    max_errors: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Build the packed data set of a recipe's `[data]` for its `[model]`, or one part of it.
+
+    The build goes on in `OUT.partial`, which becomes `out` when it is whole. What stops it leaves the shards that are
+    finished there, for `resume`; a build stopped before its first shard leaves nothing.
 
     Args:
         recipe: The recipe.
         root: Folder that relative source paths are taken from.
         out: Folder of the data set; `data.out` if left out. One that an equal recipe built is built anew.
+        part: (i, n): build every n-th shard from the i-th on; `merge` joins the parts.
+        resume: Go on with the shards of an unfinished build, and do nothing where `out` is whole already.
+        restart: Remove an unfinished build first, and leave none.
+        max_errors: How many bad examples are passed over and counted before the build stops.
         progress: Show a progress bar on stderr.
 
     Returns:
-        The manifest's counts, drops by reason, examples by source, seconds.
+        The summary: counts, drops and errors by reason, histograms, the same by source; `summary_text` writes it out.
 
     Raises:
         FileExistsError: `out` holds something else; nothing is touched.
         FileNotFoundError: a source or the model is missing.
-        ValueError: a source or an example is malformed, or nothing is left to pack. Nothing half-written stays.
+        ValueError: a source or an example is malformed, an unfinished build is in the way, or nothing is left to pack.
     """
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
     if not recipe.data.sources:
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
-    settings, oracle_framer = _settings(recipe.model, recipe.data)
-    _require_free(out, settings)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    found = _sources(recipe.data, root)
+    settings, oracle_framer = _settings(recipe.model, recipe.data, found, root)
+    manifest = _require_free(out, settings)
+    if resume and manifest is not None and canonical_json(manifest.get("inputs")) == canonical_json(settings["inputs"]):
+        return _summary(manifest, out, oracle_framer, seconds=time.perf_counter() - started)
+    partial = _partial(out)
+    if restart:
+        shutil.rmtree(partial, ignore_errors=True)
+    is_new, writer = not partial.exists(), None
     try:
-        manifest, by_source = _write(recipe.data, temporary, settings, oracle_framer, root=root, progress=progress)
-        _replace(temporary, out)
+        writer = PackWriter(
+            str(partial), oracle_framer, canonical_json(settings), part=part, resume=resume, max_errors=max_errors
+        )
+        native, total = _surveyed(found, recipe.data.seed, root, progress=progress)
+        packing = time.perf_counter()
+        with _bar("pack", " examples", total, show=progress) as bar:
+            for source, rows in _all_rows(found, native, recipe.data.seed, root):
+                bar(writer.add(source, canonical_json(rows.table), rows.batch, rows.first_row)["offered"])
+        if not writer.progress["offered"]:
+            raise ValueError(f"no examples: the sources are empty ({', '.join(each.config.name for each in found)})")
+        manifest = json.loads(writer.finish())
+        done = writer.progress
     except BaseException:
-        shutil.rmtree(temporary)
+        is_worth_it = writer is not None and writer.progress["datapoints"] + writer.progress["skipped"] > 0
+        # No other frame knows the writer, so this ends its threads and frees its lock.
+        writer = None
+        _leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
         raise
-    counts = manifest["counts"]
-    return {
-        "out": str(out),
-        **{name: counts[name] for name in ("examples", "datapoints", "contexts", "context_tokens")},
-        "input_tokens": counts["input_tokens"],
-        "drops": manifest["drops"],
-        "sources": by_source,
-        "seconds": time.perf_counter() - started,
-    }
+    now = time.perf_counter()
+    seconds = {"seconds": now - started, "packing_seconds": now - packing}
+    if part[1] > 1:
+        return _part_summary(partial, part, done, oracle_framer, **seconds)
+    _replace(partial, out)
+    return _summary(manifest, out, oracle_framer, done=done, **seconds)
 
 
-def _settings(model: ModelConfig, data: DataConfig) -> tuple[dict[str, Any], Framer]:
+def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
+    """Prove that the parts in `OUT.partial` make one whole build, and make it `out`.
+
+    Returns:
+        The summary, as `pack` gives it.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        FileNotFoundError: there are no parts.
+        ValueError: a part or shard is missing, was changed, or belongs to another build.
+    """
+    started = time.perf_counter()
+    out = Path(recipe.data.out) if out is None else out
+    partial = _partial(out)
+    if not partial.is_dir():
+        raise FileNotFoundError(f"{partial} does not exist; build its parts first with --part i/n")
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
+    manifest = json.loads(merge_parts(str(partial)))
+    _replace(partial, out)
+    return _summary(
+        manifest, out, framer(recipe.model.name, recipe.model.revision), seconds=time.perf_counter() - started
+    )
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """A summary as a person wants to read it."""
+    lines = [_headline(summary)]
+    if summary.get("part"):
+        return "\n".join([*lines, *_reasons(summary), "  the other parts next, then --merge"])
+    lines += [
+        f"  {'tokens':<11} {_many(summary['input_tokens'])} of prompts and answers, "
+        f"{_many(summary['answer_tokens'])} of them learned",
+        f"  {'contexts':<11} {_many(summary['contexts'])} with {_many(summary['context_tokens'])} tokens; datapoints read "
+        f"{_many(summary['context_tokens_read'])}, so sharing saves a factor of {summary['sharing']:.2f}",
+        f"  {'tokenizer':<11} {summary['engine']}",
+        *_reasons(summary),
+    ]
+    width = max(len(name) for name in summary["sources"])
+    lines += ["", f"  {'source':<{width}} {'offered':>11} {'kept':>11} {'datapoints':>11} {'dropped':>9} {'bad':>6}"]
+    for name, counts in summary["sources"].items():
+        lines.append(
+            f"  {name:<{width}} {counts['offered']:>11,} {counts['examples']:>11,} {counts['datapoints']:>11,} "
+            f"{sum(counts['drops'].values()):>9,} {sum(counts['errors'].values()):>6,}"
+            + (f"   {_balance(counts['answers'])}" if counts["answers"] else "")
+        )
+    lines += ["", *_histogram(summary["lengths"])]
+    return "\n".join(lines)
+
+
+# Settings
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source with its tables."""
+
+    config: SourceConfig
+    tables: list[readers.Table]
+    count: int | None
+
+
+def _sources(data: DataConfig, root: Path) -> list[_Found]:
+    found = []
+    for config, count in zip(data.sources, source_counts(data.sources, data.examples), strict=True):
+        config = replace(config, count=count, share=None)
+        found.append(_Found(config, readers.tables(config, root=root, seed=data.seed), count))
+    return found
+
+
+def _settings(model: ModelConfig, data: DataConfig, found: list[_Found], root: Path) -> tuple[dict[str, Any], Framer]:
     oracle_framer = framer(model.name, model.revision)
     oracle = identity(model.name, model.revision, framer=oracle_framer)
     target = oracle
@@ -94,6 +197,7 @@ def _settings(model: ModelConfig, data: DataConfig) -> tuple[dict[str, Any], Fra
         "oracle": oracle,
         "targets": {"base": target},
         "config": _recorded(data),
+        "inputs": [entry for source in found for entry in readers.inputs(source.config, source.tables, root=root)],
     }
     return settings, oracle_framer
 
@@ -103,94 +207,250 @@ def _recorded(data: DataConfig) -> dict[str, Any]:
     config = to_dict(data)
     del config["out"]
     for source in config["sources"]:
-        source["path"] = PurePath(source["path"]).name
+        if "path" in source:
+            source["path"] = PurePath(source["path"]).name
     return config
 
 
-def _require_free(out: Path, settings: dict[str, Any]) -> None:
-    if not out.exists():
-        return
-    if not (out / "manifest.json").is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            return
-        raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
-    manifest = read_manifest(out / "manifest.json")
-    for part in ("config", "oracle", "targets"):
-        old, new = manifest.get(part), settings[part]
-        if canonical_json(old) != canonical_json(new):
-            old = old if isinstance(old, dict) else {}
-            names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-            raise FileExistsError(
-                f"{out} holds a data set with another {part} (differs in {', '.join(names)}); "
-                "choose another --out or remove it"
-            )
+def _native(source: _Found, seed: int, root: Path) -> Source:
+    """The source as Rust takes it."""
+    config = source.config
+    values = to_dict(config)
+    kind = {
+        "records": (),
+        "context_prediction": (
+            *("text", "single_share", "window", "predict", "direction"),
+            *("max_context_tokens", "draws_per_text", "within"),
+        ),
+        "classification": ("text", "label", "questions", "prefix", "questions_per_text"),
+        "latentqa": ("questions_per_stimulus",),
+    }[config.kind]
+    settings = {name: values[name] for name in ("name", "kind", "layers_per_example", *kind) if name in values}
+    settings["seed"] = seed
+    if source.count is not None and not _gives_count(config):
+        settings["count"] = source.count
+    if config.kind != "context_prediction":
+        settings["reads"] = _reads(config)
+        if config.unanswerable is not None:
+            settings["unanswerable"] = to_dict(config.unanswerable)
+    if config.kind == "classification":
+        settings["labels"] = {
+            value: [phrasings] if isinstance(phrasings, str) else list(phrasings)
+            for value, phrasings in config.labels.items()
+        }
+        if (words := readers.words(source.tables)) is not None:
+            settings["words"] = words
+    if config.kind == "latentqa":
+        settings["questions"] = readers.questions(root / str(config.path))
+    return Source(canonical_json(settings))
 
 
-def _write(
-    data: DataConfig, folder: Path, settings: dict[str, Any], oracle_framer: Framer, *, root: Path, progress: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
-    import pyarrow as pa
-
-    writer = PackWriter(str(folder), oracle_framer, canonical_json(settings))
-    drops: Counter[str] = Counter()
-    by_source: dict[str, int] = {}
-    for source in data.sources:
-        lines = (_row(source, e) for e in examples(source, seed=data.seed, root=root, drops=drops))
-        native = Source(_described(source))
-        native.settle()
-        table = canonical_json({"prefix": source.name, "origin": PurePath(source.path).name, "unit": "line"})
-        num = 0
-        counted = _counted(lines, source, progress=progress)
-        while batch := list(islice(counted, BATCH)):
-            column = pa.record_batch({"json": pa.array(batch, pa.large_binary())})
-            writer.add(native, table, column, num)
-            num += len(batch)
-        by_source[source.name] = num
-        if source.count is not None and num < source.count:
-            log.warning("source %r has %d examples, fewer than its count of %d", source.name, num, source.count)
-    if not any(by_source.values()):
-        raise ValueError(f"no examples: the sources are empty ({', '.join(by_source)}); drops: {dict(drops)}")
-    manifest = json.loads(writer.finish())
-    manifest["drops"] = dict(sorted((drops + Counter(manifest["drops"])).items()))
-    write_atomic(folder / "manifest.json", canonical_json(manifest))
-    return manifest, by_source
+def _gives_count(config: SourceConfig) -> bool:
+    """Whether as many rows are read as give the count, so that none of their examples has to be left out."""
+    rows = readers.needed_rows(config)
+    if config.dataset is None or rows is None or config.count is None:
+        return False
+    per_row = {"classification": "questions_per_text", "context_prediction": "draws_per_text"}.get(config.kind)
+    return rows * (getattr(config, per_row) if per_row else 1) <= config.count
 
 
-def _row(source: SourceConfig, example: dict[str, Any]) -> bytes:
-    if source.kind == "context_prediction":
-        context = example["context"]
-        example = {"text": context} if isinstance(context, str) else {"messages": context}
-    return canonical_json(example).encode()
-
-
-def _described(source: SourceConfig) -> str:
-    """A source as the writer takes it: examples that are read in given ways, or texts that make their own questions."""
-    if source.kind == "context_prediction":
-        settings = ("name", "kind", "single_share", "window", "predict", "direction", "max_context_tokens")
-        config = to_dict(source)
-        return canonical_json({name: config[name] for name in settings})
-    total = sum(read.share for read in source.reads)
+def _reads(config: Any) -> list[dict[str, Any]]:
+    total = sum(read.share for read in config.reads)
     reads = []
-    for read in source.reads:
+    for read in config.reads:
         rule = {"all": True} if read.all else {"window": read.window, "before_end": read.before_end}
         reads.append({"share": read.share / total, **rule})
-    return canonical_json({"name": source.name, "kind": "records", "reads": reads})
+    return reads
 
 
-def _counted(lines: Iterable[bytes], source: SourceConfig, *, progress: bool) -> Iterator[bytes]:
-    if not progress:
-        return iter(lines)
+# Building
+
+
+def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> tuple[list[Source], int | None]:
+    """The sources, ready to be packed, and how many examples they will give, where that is known."""
+    native = [_native(source, seed, root) for source in found]
+    totals: list[int | None] = []
+    with _bar("survey", " rows", None, show=progress and any(each.needs_survey for each in native)) as bar:
+        surveyed = 0
+        for source, each in zip(found, native, strict=True):
+            if each.needs_survey:
+                for rows in readers.rows(source.config, root=root, seed=seed, found=source.tables):
+                    each.survey(canonical_json(rows.table), rows.batch, rows.first_row)
+                    surveyed += rows.batch.num_rows
+                    bar(surveyed)
+            total = each.settle()
+            if total is not None and source.count is not None and total < source.count:
+                log.warning(
+                    "source %r has %d examples, fewer than its count of %d", source.config.name, total, source.count
+                )
+            totals.append(total)
+    known = [total for total in totals if total is not None]
+    return native, sum(known) if len(known) == len(totals) else None
+
+
+def _all_rows(
+    found: list[_Found], native: list[Source], seed: int, root: Path
+) -> Iterator[tuple[Source, readers.Rows]]:
+    for source, each in zip(found, native, strict=True):
+        for rows in readers.rows(source.config, root=root, seed=seed, found=source.tables):
+            yield each, rows
+
+
+@contextmanager
+def _bar(name: str, unit: str, total: int | None, *, show: bool) -> Iterator[Callable[[int], object]]:
+    """A function that moves a progress bar, with rate and time left, to a number; on stderr, or nowhere."""
+    if not show:
+        yield lambda number: None
+        return
     from tqdm import tqdm
 
-    return iter(tqdm(lines, desc=f"pack {source.name}", total=source.count, unit=" examples"))
+    with tqdm(desc=name, total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
+        yield lambda number: bar.update(number - bar.n)
 
 
-def _replace(temporary: Path, out: Path) -> None:
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _leave(partial: Path, *, keep: bool, clear: bool) -> None:
+    """Of a build that stopped, keep the finished shards and say so; where there are none, leave nothing."""
+    num_shards = len(list(partial.glob("shard-*.safetensors"))) if partial.is_dir() else 0
+    if num_shards and keep:
+        log.warning("%s keeps %d finished shards; --resume goes on with them", partial, num_shards)
+    elif clear:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_free(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished build of the same recipe in `out`, if there is one.
+
+    Raises:
+        FileExistsError: there is something else.
+    """
+    if not out.exists():
+        return None
+    if not (out / "manifest.json").is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
+    manifest = read_manifest(out / "manifest.json")
+    for name in ("config", "oracle", "targets"):
+        old, new = manifest.get(name), settings[name]
+        if canonical_json(old) != canonical_json(new):
+            old = old if isinstance(old, dict) else {}
+            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            raise FileExistsError(
+                f"{out} holds a data set with another {name} (differs in {', '.join(keys)}); "
+                "choose another --out or remove it"
+            )
+    return manifest
+
+
+def _replace(partial: Path, out: Path) -> None:
     if out.exists():
         old = out.with_name(f".{out.name}.{os.getpid()}.old")
         out.rename(old)
-        temporary.rename(out)
+        partial.rename(out)
         shutil.rmtree(old)
     else:
-        temporary.rename(out)
+        partial.rename(out)
     sync_folder(out.parent)
+
+
+# Summary
+
+
+def _summary(
+    manifest: Mapping[str, Any],
+    out: Path,
+    oracle_framer: Framer,
+    *,
+    seconds: float,
+    packing_seconds: float | None = None,
+    done: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    counts = manifest["counts"]
+    return {
+        "out": str(out),
+        "shards": len(manifest["shards"]),
+        **counts,
+        "sharing": counts["context_tokens_read"] / max(1, counts["context_tokens"]),
+        "drops": manifest["drops"],
+        "errors": manifest["errors"],
+        "messages": list(done["messages"]) if done is not None else [],
+        "lengths": manifest["lengths"],
+        "sources": manifest["sources"],
+        "engine": _engine(oracle_framer),
+        **_speed(done, seconds, packing_seconds),
+    }
+
+
+def _part_summary(
+    partial: Path, part: tuple[int, int], done: Mapping[str, Any], oracle_framer: Framer, **seconds: float
+) -> dict[str, Any]:
+    names = ("offered", "examples", "datapoints", "input_tokens", "drops", "errors", "messages")
+    return {
+        "out": str(partial),
+        "part": f"{part[0]}/{part[1]}",
+        "shards": len(list(partial.glob("shard-*.safetensors"))),
+        **{name: done[name] for name in names},
+        "engine": _engine(oracle_framer),
+        **_speed(done, **seconds),
+    }
+
+
+def _engine(oracle_framer: Framer) -> str:
+    return str(getattr(oracle_framer, "engine", ""))
+
+
+def _speed(done: Mapping[str, Any] | None, seconds: float, packing_seconds: float | None = None) -> dict[str, Any]:
+    built = 0 if done is None else done["offered"] - done["skipped"]
+    rate = built / packing_seconds if packing_seconds else 0.0
+    skipped = 0 if done is None else done["skipped"]
+    return {"skipped": skipped, "seconds": round(seconds, 3), "examples_per_second": round(rate, 1)}
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    speed = f"{summary['examples_per_second']:,.0f} examples/s" if summary["examples_per_second"] else "was there"
+    part = f" part {summary['part']}:" if summary.get("part") else ""
+    return (
+        f"{summary['out']}:{part} {summary['examples']:,} examples of {summary['offered']:,}, "
+        f"{summary['datapoints']:,} datapoints, {summary['shards']:,} shards; {summary['seconds']:.1f} s, {speed}"
+    )
+
+
+def _reasons(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, key in (("dropped", "drops"), ("bad", "errors")):
+        if summary[key]:
+            lines.append(f"  {name:<11} " + ", ".join(f"{num:,} {why}" for why, num in sorted(summary[key].items())))
+    if summary.get("duplicates"):
+        lines.append(f"  {'duplicates':<11} {summary['duplicates']:,} datapoints repeat another of their shard")
+    return [*lines, *(f"    {message}" for message in summary["messages"])]
+
+
+def _balance(answers: Mapping[str, int]) -> str:
+    """The most frequent answers with their shares."""
+    total = sum(answers.values())
+    most = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = ", ".join(f"{answer} {num / total:.0%}" for answer, num in most[:4])
+    return shown + (f", {len(most) - 4} more" if len(most) > 4 else "")
+
+
+def _histogram(lengths: Mapping[str, Any]) -> list[str]:
+    """Datapoints by length, as bars, of the buckets that hold any."""
+    edges = [0, *lengths["edges"]]
+    lines = [f"  {'tokens':>11} {'input':>11} {'context':>11}"]
+    most = max(1, *lengths["input"])
+    for index, (ours, theirs) in enumerate(zip(lengths["input"], lengths["context"], strict=True)):
+        if ours or theirs:
+            bucket = f"{edges[index]}-{edges[index + 1] - 1}" if index + 1 < len(edges) else f"{edges[index]}-"
+            lines.append(f"  {bucket:>11} {ours:>11,} {theirs:>11,}  {'#' * round(30 * ours / most)}")
+    return lines
+
+
+def _many(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
+    return f"{number:,}"

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference as slow
+import xxhash
 from reference import Reference
 
 import real_data
 import tiny
-from ao import pack as pack_module
-from ao.config import parse_recipe
-from ao.pack import pack
-from ao.prompt import model_folder
+from ao.config import parse_recipe, to_dict
+from ao.pack import merge, pack, summary_text
+from ao.prompt import model_folder, resolve_layer
 from ao.shards import PackedDataset
+from ao.sources import files
 
 USER = {"role": "user", "content": "  Where is Caf\u00e9 \U0001f469\u200d\U0001f680 e\u0301? "}
 REPLY = {"role": "assistant", "content": "In the city of Paris."}
@@ -161,7 +163,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, model: str, monkeypa
 
     first = packed("first")
     assert len(list((tmp_path / "first").iterdir())) > 8
-    monkeypatch.setattr(pack_module, "BATCH", 7)
+    monkeypatch.setattr(files, "BLOCK", 700)
     assert packed("second") == first
     assert packed("first") == first
     assert packed("third", seed=1) != first
@@ -198,7 +200,7 @@ def test_drops_are_counted(tmp_path: Path, model: str) -> None:
     summary = run(tmp_path, model, source, max_input_tokens=100)
     assert summary["drops"].pop("label_without_questions") == 1
     assert list(summary["drops"].values()) == [1]
-    assert (summary["datapoints"], summary["sources"]) == (1, {"s": 2})
+    assert (summary["datapoints"], summary["offered"], summary["sources"]["s"]["offered"]) == (1, 3, 3)
     assert json.loads((tmp_path / "packed/manifest.json").read_text())["drops"]["label_without_questions"] == 1
     with pytest.raises(ValueError, match=r'no example was kept.*"input_too_long": 2'):
         run(tmp_path, model, source, out="none", max_input_tokens=8)
@@ -223,6 +225,116 @@ def test_a_finished_data_set_is_not_overwritten_by_another(tmp_path: Path, model
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "packed", "records.jsonl"]
 
 
+def test_a_stopped_build_goes_on(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(
+        tmp_path / "texts.jsonl", [{"text": f"She will go to the city of Paris on day {i}."} for i in range(90)]
+    )
+    source = {"name": "t", "kind": "context_prediction", "path": "texts.jsonl", "predict": [1, 4], "window": [1, 3]}
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source], "examples_per_shard": 16}})
+    monkeypatch.setattr(files, "BLOCK", 900)
+    pack(recipe, root=tmp_path, out=tmp_path / "whole")
+
+    read = files.read_jsonl
+
+    def stopped(path: Path, columns: Any = None) -> Any:
+        for number, part in enumerate(read(path, columns)):
+            if number == 3:
+                raise OSError("disk gone")
+            yield part
+
+    with monkeypatch.context() as patch:
+        patch.setitem(files._READERS, ".jsonl", stopped)
+        with pytest.raises(OSError, match="disk gone"):
+            pack(recipe, root=tmp_path, out=tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    kept = len(list(partial.glob("shard-*")))
+    assert 1 <= kept < 6
+    with pytest.raises(ValueError, match=r"out\.partial holds \d+ shards .*--resume, or remove the folder"):
+        pack(recipe, root=tmp_path, out=tmp_path / "out")
+    assert len(list(partial.glob("shard-*"))) == kept
+    summary = pack(recipe, root=tmp_path, out=tmp_path / "out", resume=True)
+    assert summary["skipped"] == 16 * kept
+    assert not partial.exists()
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    # Whole already: nothing is done. Started anew in spite of a stopped one: that one goes.
+    before = (tmp_path / "out/manifest.json").stat().st_mtime_ns
+    assert pack(recipe, root=tmp_path, out=tmp_path / "out", resume=True)["examples"] == summary["examples"]
+    assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == before
+    partial.mkdir()
+    (partial / "shard-00000.safetensors").write_text("old")
+    pack(recipe, root=tmp_path, out=tmp_path / "out", restart=True)
+    assert not partial.exists()
+
+
+def test_parts_make_the_whole(tmp_path: Path, model: str) -> None:
+    rows = [{"text": f"She will go to city {i}.", "label": "ab"[i % 2]} for i in range(100)]
+    write_lines(tmp_path / "table.jsonl", rows)
+    source = {
+        "name": "c",
+        "kind": "classification",
+        "path": "table.jsonl",
+        "questions": ["Is it {label}?"],
+        "count": 70,
+    }
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source], "examples_per_shard": 16}})
+    whole = pack(recipe, root=tmp_path, out=tmp_path / "whole")
+    parts = [pack(recipe, root=tmp_path, out=tmp_path / "out", part=(i, 3)) for i in (2, 0, 1)]
+    assert [part["part"] for part in parts] == ["2/3", "0/3", "1/3"]
+    assert sum(part["examples"] for part in parts) == whole["examples"] == 70
+    assert "part 2/3: 16 examples" in summary_text(parts[0])
+    merged = merge(recipe, out=tmp_path / "out")
+    assert merged["sources"] == whole["sources"]
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, model: str) -> None:
+    lines = ['{"text": "She will go."}', "{", '{"txt": "x"}', '{"text": "She went there."}']
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    source = {"name": "t", "kind": "context_prediction", "path": "texts.jsonl", "predict": [1, 1], "window": [1, 1]}
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source]}})
+    with pytest.raises(ValueError, match=r"texts\.jsonl: line 2"):
+        pack(recipe, root=tmp_path, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="line"):
+        pack(recipe, root=tmp_path, out=tmp_path / "out", max_errors=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["texts.jsonl"]
+    summary = pack(recipe, root=tmp_path, out=tmp_path / "out", max_errors=2)
+    assert sum(summary["errors"].values()) == 2
+    assert len(summary["messages"]) == 2
+    assert summary["examples"] == 2
+    text = summary_text(summary)
+    assert "2 examples of 4" in text
+    assert "line 2" in text
+
+
+def test_the_summary_tells(tmp_path: Path, model: str) -> None:
+    rows = [{"text": f"She will go to city {i}.", "label": "ab"[i % 2]} for i in range(40)]
+    write_lines(tmp_path / "table.jsonl", rows)
+    source = {"name": "c", "kind": "classification", "path": "table.jsonl", "questions": ["Is it {label}?"]}
+    values = {"questions_per_text": 2, "labels": {"a": ["Anna", "A."], "b": "Ben"}, "layers_per_example": "each"}
+    summary = run(tmp_path, model, source | values, read_depths=[0.25, 0.5])
+    assert (summary["examples"], summary["datapoints"]) == (80, 160)
+    assert summary["sharing"] == summary["context_tokens_read"] / summary["context_tokens"] > 3
+    answers = summary["sources"]["c"]["answers"]
+    assert set(answers) == {"Yes", "No"}
+    text = summary_text(summary)
+    assert f"No {answers['No'] / 160:.0%}" in text
+    assert "sharing saves a factor of" in text
+    assert sum(summary["lengths"]["input"]) == 160
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_shares_part_the_total(tmp_path: Path, model: str) -> None:
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [{**RECORDS[0], "id": f"{name}{i}"} for i in range(50)])
+    sources = [
+        {"name": name, "kind": "records", "path": f"{name}.jsonl", "share": share} for name, share in ("a1", "b3")
+    ]
+    sources = [source | {"share": float(source["share"])} for source in sources]
+    summary = run(tmp_path, model, *sources, examples=40)
+    assert {name: counts["examples"] for name, counts in summary["sources"].items()} == {"a": 10, "b": 30}
+
+
 def test_the_manifest_says_what_it_was_packed_from(tmp_path: Path, model: str) -> None:
     manifest = pack_records(tmp_path, model, RECORDS, seed=3).manifest
     assert (manifest["schema"], manifest["kind"]) == (1, "packed")
@@ -230,6 +342,9 @@ def test_the_manifest_says_what_it_was_packed_from(tmp_path: Path, model: str) -
     assert manifest["oracle"] == manifest["targets"]["base"]
     assert manifest["config"]["seed"] == 3
     assert "out" not in manifest["config"]
+    [entry] = manifest["inputs"]
+    assert (entry["source"], entry["file"]) == ("r", "records.jsonl")
+    assert entry["xxh3"] == xxhash.xxh3_128_hexdigest((tmp_path / "records.jsonl").read_bytes())
     assert str(tmp_path) not in json.dumps(manifest)
 
 
@@ -268,16 +383,18 @@ def test_real_files_equal_the_reference(tmp_path: Path) -> None:
     pack(recipe, root=real_data.FOLDER, out=tmp_path / "packed")
     data = PackedDataset.open(tmp_path / "packed", verify=True)
     assert len(data) == 180
-    reference = Reference(model_folder("demo"), end_of_turn="<turn|>")
-    examples = {
-        example["id"]: example
-        for source in recipe.data.sources
-        for example in pack_module.examples(source, seed=0, root=real_data.FOLDER)
-    }
-    for datapoint in data:
-        example = examples[datapoint.id]
-        positions = datapoint.read_positions.tolist()
-        assert set(positions) <= set(reference.readable(example))
-        expected = reference.datapoint(example, layers=[int(datapoint.layers[0])], positions=positions)
-        for field, value in expected.items():
-            assert np.atleast_1d(getattr(datapoint, field)).tolist() == value, (example["id"], field)
+    with_tables = []
+    for source in recipe.data.sources:
+        values = to_dict(source)
+        if source.kind == "latentqa":
+            values["qa"] = json.loads((real_data.FOLDER / "latentqa/qa.json").read_text())
+        with_tables.append((values, slow.read_tables(values, real_data.FOLDER)))
+    num_layers = data.manifest["targets"]["base"]["num_layers"]
+    layers = [resolve_layer(depth, num_layers) for depth in recipe.data.read_depths]
+    settings = slow.Settings(num_layers=num_layers, read_layers=layers)
+    expected, drops = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
+    assert [datapoint.id for datapoint in data] == [datapoint.id for datapoint in expected]
+    assert data.manifest["drops"] == drops
+    for datapoint, right in zip(data, expected, strict=True):
+        for field in ("input_ids", "answer_start", "placeholders", "layers", "read_positions", "context_ids"):
+            assert np.atleast_1d(getattr(datapoint, field)).tolist() == np.atleast_1d(getattr(right, field)).tolist()

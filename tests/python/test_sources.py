@@ -1,27 +1,201 @@
+"""Readers: every format gives the same rows; what is wrong with a file is named."""
+
 import csv
+import gzip
 import json
-from collections import Counter
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import real_data
+from ao import sources
 from ao.config import SourceConfig, parse_recipe
-from ao.sources import examples
+from ao.sources import files
+from ao.sources.ahead import ahead
+
+CONTEXTS = {"kind": "context_prediction"}
+LABELLED = {"kind": "classification", "text": "sentence", "label": "tense", "questions": ["Is it {label}?"]}
 
 
 def config(**values: Any) -> SourceConfig:
     return parse_recipe({"data": {"sources": [{"name": "s", **values}]}}).data.sources[0]
 
 
-def read(root: Path, *, seed: int = 0, drops: Counter[str] | None = None, **values: Any) -> list[dict[str, Any]]:
-    return list(examples(config(**values), seed=seed, root=root, drops=drops))
+def read(root: Path, **values: Any) -> list[sources.Rows]:
+    return list(sources.rows(config(**values), root=root, seed=0))
 
 
-def write(path: Path, value: object) -> None:
+def plain(found: list[sources.Rows]) -> list[Any]:
+    """The rows as Python values, their numbers checked."""
+    rows: list[Any] = []
+    table = None
+    for part in found:
+        start = len(rows) if table == part.table["prefix"] else 0
+        if start == 0:
+            rows, table = [] if table is None else rows, part.table["prefix"]
+        names = part.batch.schema.names
+        values = part.batch.to_pylist()
+        if names == ["json"]:
+            values = [json.loads(row["json"]) for row in values if row["json"].strip()]
+        rows += values
+    return rows
+
+
+def write(path: Path, value: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+ROWS = [
+    {"sentence": f' {i}. "Caf\u00e9", so,\nsaid \U0001f680. ', "tense": ("past", "present")[i % 2]} for i in range(600)
+]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """The same rows in every format."""
+    lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS))
+    write(tmp_path / "t.jsonl", lines)
+    write(tmp_path / "t.ndjson", "\ufeff" + lines.rstrip())
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with pa.CompressedOutputStream(str(tmp_path / "t.jsonl.zst"), "zstd") as file:
+        file.write(lines.encode())
+    write(tmp_path / "t.json", ROWS)
+    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["sentence", "unused", "tense"])
+        writer.writeheader()
+        writer.writerows(row | {"unused": "x"} for row in ROWS)
+    with pa.CompressedOutputStream(str(tmp_path / "t.csv.gz"), "gzip") as file:
+        file.write((tmp_path / "t.csv").read_bytes())
+    table = pa.Table.from_pylist([row | {"unused": 1} for row in ROWS])
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=100)
+    with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=70)
+    with pa.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as out:
+        out.write_table(table)
+    return tmp_path
+
+
+FORMATS = ["t.jsonl", "t.ndjson", "t.jsonl.gz", "t.jsonl.zst", "t.json", "t.csv", "t.csv.gz", "t.parquet"]
+FORMATS += ["file.arrow", "stream.arrow"]
+
+
+@pytest.mark.parametrize("block", [97, 4096, 2**22])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(tables: Path, name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", max(block, 512) if "csv" in name else block)
+    monkeypatch.setattr(files, "ENTRIES", block)
+    found = read(tables, path=name, **LABELLED)
+    assert [{key: row[key] for key in ("sentence", "tense")} for row in plain(found)] == ROWS
+    assert [part.first_row for part in found] == [
+        sum(part.batch.num_rows for part in found[:index]) for index in range(len(found))
+    ]
+    assert {part.table["prefix"] for part in found} == {"s"}
+    assert {part.table["origin"] for part in found} == {str(tables / name)}
+    if block == 97 and not name.startswith("t.csv"):
+        assert len(found) > 5
+    if not name.endswith((".jsonl", ".ndjson", ".json", ".gz", ".zst")):
+        assert found[0].batch.schema.names == ["sentence", "tense"]
+
+
+def test_lines_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}\n\n  \n{"text": "b"}')
+    found = read(tmp_path, path="a.jsonl", **CONTEXTS)
+    assert found[0].table == {"prefix": "s", "origin": str(tmp_path / "a.jsonl"), "unit": "line"}
+    lines = [line.strip() for part in found for line in part.batch.column(0).to_pylist()]
+    assert lines == [b'{"text": "a"}', b"", b"", b'{"text": "b"}']
+    assert [part.first_row for part in found] == [0, 3]
+
+
+def test_only_so_many_rows_are_read(tables: Path) -> None:
+    for name in ("t.jsonl", "t.parquet"):
+        found = read(tables, path=name, rows=7, **LABELLED)
+        assert [row["sentence"] for row in plain(found)] == [row["sentence"] for row in ROWS[:7]]
+
+
+def test_text_files_are_paragraphs_or_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "\ufeff\n  One\nstill one.\n  \n\n\nTwo \u00e9.\r\n\r\nThree.\n")
+    for block in (3, 2**22):
+        monkeypatch.setattr(files, "BLOCK", block)
+        found = read(tmp_path, path="a.txt", text="body", **CONTEXTS)
+        assert plain(found) == [{"body": text} for text in ("One\nstill one.", "Two \u00e9.", "Three.")]
+        assert found[0].table["unit"] == "entry"
+    [whole] = plain(read(tmp_path, path="a.txt", documents="file", **CONTEXTS))
+    assert whole["text"].startswith("One\nstill")
+    assert whole["text"].endswith("Three.")
+    (tmp_path / "b.txt").write_bytes(b"fine\n\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"b\.txt: document 1: not UTF-8"):
+        read(tmp_path, path="b.txt", **CONTEXTS)
+
+
+def test_a_folder_is_all_its_tables_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "d/b.csv", "sentence,tense\nB.,past\n")
+    write(tmp_path / "d/deep/a.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "d/notes.md", "no table")
+    write(tmp_path / "d/.hidden.csv", "sentence,tense\nH.,past\n")
+    found = read(tmp_path, path="d", **LABELLED)
+    assert [part.table["prefix"] for part in found] == ["s/b", "s/deep/a"]
+    folder = config(path="d", **LABELLED)
+    recorded = sources.inputs(folder, sources.tables(folder, root=tmp_path, seed=0), root=tmp_path)
+    assert [entry["file"] for entry in recorded] == ["b.csv", "deep/a.jsonl"]
+    assert str(tmp_path) not in json.dumps(recorded)
+    write(tmp_path / "d/b.json", ROWS)
+    with pytest.raises(ValueError, match=r"b\.csv and .*b\.json differ only in their suffix"):
+        read(tmp_path, path="d", **LABELLED)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none has no file of \.jsonl"):
+        read(tmp_path, path="none", **LABELLED)
+
+
+def test_relations_bring_their_templates(tmp_path: Path) -> None:
+    samples = [{"subject": "France", "object": "Paris"}, {"subject": "Italy", "object": "Rome"}]
+    write(tmp_path / "r/capital.json", {"prompt_templates": ["The capital of {} is"], "samples": samples})
+    [part] = read(tmp_path, kind="classification", path="r", questions=["True?"])
+    assert part.table["templates"] == ["The capital of {} is"]
+    assert (part.table["prefix"], part.table["unit"]) == ("s/capital", "entry")
+    assert plain([part]) == samples
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "words,tense\nA.,past\n", r"t\.csv: column 'sentence' is missing; there are \['tense', 'words'\]"),
+        ("t.csv", "sentence,tense\nA.,past\nB.\n", r"t\.csv: row 2: expected 2 cells as the header has, got 1"),
+        ("t.csv", "sentence,sentence\nA.,B.\n", r"the header has the column 'sentence' twice"),
+        ("t.csv", "", r"t\.csv: is empty; expected a CSV file with a header"),
+        ("t.csv", b"sentence,tense\n\xff,past\n", r"t\.csv: not a CSV file in UTF-8, after row 0"),
+        ("t.json", "[", r"t\.json: not JSON: "),
+        ("t.json", '[]\n{"a": 1}', r"t\.json: not JSON: .*rename it to \.jsonl"),
+        ("t.json", "3", r"t\.json: expected a list of objects, got int '3'"),
+        ("t.json", {"samples": []}, r"t\.json: key 'samples': expected a list that is not empty.*or a relation"),
+        ("t.json", {"samples": [1], "prompt_templates": ["x"]}, r"expected texts with \{\} for the subject, got 'x'"),
+        ("t.parquet", "PAR1", r"t\.parquet: not a Parquet file"),
+        ("t.arrow", "hello there", r"t\.arrow: not an Arrow IPC file or stream"),
+        ("t.jsonl.gz", gzip.compress(b"x" * 99)[:-9], r"t\.jsonl\.gz: cannot be decompressed: .*damaged or cut off"),
+        ("t.txt", "A.", r"t\.txt: cannot be read as classification; expected \.jsonl"),
+        ("t.xlsx", "A.", r"t\.xlsx: cannot be read as classification"),
+        ("t", "A.", r"cannot be read as classification"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, text: object, message: str) -> None:
+    if isinstance(text, bytes):
+        (tmp_path / name).write_bytes(text)
+    else:
+        write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, path=name, **LABELLED)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"source 's': .*absent.* does not exist; its path is taken from"):
+        read(tmp_path, kind="records", path="absent.jsonl")
 
 
 # LatentQA
@@ -31,60 +205,40 @@ STIMULUS = {"control_user": "Be a pirate.", "control_model": "Arr.", "stimulus_u
 
 @pytest.fixture
 def latentqa(tmp_path: Path) -> Path:
-    write(tmp_path / "qa.json", {"pirate": [["Who?", "A pirate."], ["How?", "Gruffly."]]})
+    write(tmp_path / "qa.json", {" pirate": [["Who? ", "A pirate."], ["How?", "Gruffly."]]})
     write(tmp_path / "system.json", [{"system": "Be a pirate. ", "stimulus_user": "Hello?", "label": "pirate"}])
     write(tmp_path / "control.json", [{"control_user": "Be a pirate.", "label": "pirate"}])
-    write(tmp_path / "stimulus.json", [STIMULUS, STIMULUS | {"label": "nobody"}])
+    write(tmp_path / "stimulus.json", [STIMULUS | {"control_thought": "Hm."}, "x"])
     write(tmp_path / "stimulus_completion.json", [STIMULUS | {"stimulus_model": "Ahoy!"}])
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("kind", "roles", "span"),
-    [
-        ("system", ["system", "user"], [{"message": 1, "onwards": True}]),
-        ("control", ["user"], None),
-        ("stimulus", ["user", "assistant", "user"], [{"message": 2, "onwards": True}]),
-        ("stimulus_completion", ["user", "assistant", "user", "assistant"], [{"message": 2, "onwards": True}]),
-    ],
-)
-def test_latentqa_masks_the_turns_that_state_the_label(
-    latentqa: Path, kind: str, roles: list[str], span: list[object] | None
-) -> None:
-    first, second = read(latentqa, kind="latentqa", path=".", types=[kind])
-    assert [message["role"] for message in first["context"]] == roles
-    assert first["context"][0]["content"] == "Be a pirate."
-    assert first.get("read") == span
-    assert (first["id"], first["source"]) == (f"s/{kind}/0/0", "s")
-    assert (second["question"], second["answer"]) == ("How?", "Gruffly.")
-
-
-def test_latentqa_counts_labels_without_questions(latentqa: Path) -> None:
-    drops: Counter[str] = Counter()
-    assert len(read(latentqa, kind="latentqa", path=".", types=["stimulus"], drops=drops)) == 2
-    assert drops == {"label_without_questions": 1}
+def test_latentqa_stimuli_come_by_type(latentqa: Path) -> None:
+    types = ["system", "control", "stimulus", "stimulus_completion"]
+    found = read(latentqa, kind="latentqa", path=".", types=types)
+    assert [(part.table["type"], part.table["prefix"]) for part in found] == [(kind, f"s/{kind}") for kind in types]
+    assert plain(found[2:3]) == [STIMULUS, "x"]
+    assert sources.questions(latentqa) == {"pirate": [("Who?", "A pirate."), ("How?", "Gruffly.")]}
+    both = config(kind="latentqa", path=".", types=["system", "control"])
+    recorded = sources.inputs(both, sources.tables(both, root=latentqa, seed=0), root=latentqa)
+    assert [entry["file"] for entry in recorded] == ["control.json", "qa.json", "system.json"]
 
 
 @pytest.mark.parametrize(
     ("file", "value", "message"),
     [
-        ("system.json", [{"system": "x", "label": "pirate"}], r"system\.json: entry 0: key 'stimulus_user' is missing"),
-        (
-            "system.json",
-            [{"system": 3, "stimulus_user": "y", "label": "z"}],
-            r"entry 0: key 'system': expected text, got 3",
-        ),
-        ("system.json", ["x"], r"system\.json: entry 0: expected an object, got str"),
         ("system.json", {}, r"system\.json: expected a list of entries, got dict"),
         ("system.json", "[", r"system\.json: not JSON"),
         ("qa.json", [], r"qa\.json: expected an object of labels, got list"),
+        ("qa.json", {"pirate": "Who?"}, r"qa\.json: key 'pirate': expected a list of \[question, answer\], got str"),
         ("qa.json", {"pirate": [["Who?"]]}, r"qa\.json: key 'pirate', pair 0: expected \[question, answer\]"),
     ],
 )
-def test_latentqa_names_file_entry_and_key(latentqa: Path, file: str, value: object, message: str) -> None:
+def test_latentqa_names_file_and_key(latentqa: Path, file: str, value: object, message: str) -> None:
     write(latentqa / file, value)
+    reader = sources.questions if file == "qa.json" else lambda root: read(root, kind="latentqa", path=".")
     with pytest.raises(ValueError, match=message):
-        read(latentqa, kind="latentqa", path=".", types=["system"])
+        reader(latentqa)
 
 
 def test_latentqa_needs_the_files_of_its_types(latentqa: Path) -> None:
@@ -92,161 +246,168 @@ def test_latentqa_needs_the_files_of_its_types(latentqa: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no stimulus_completion\.json, only .*leave it out of types"):
         read(latentqa, kind="latentqa", path=".", types=["stimulus_completion"])
     # Beside other types it is used where present, as the published evaluation files lack it.
-    with_rest = read(latentqa, kind="latentqa", path=".", types=["system", "stimulus_completion"])
-    assert with_rest == read(latentqa, kind="latentqa", path=".", types=["system"])
+    assert len(read(latentqa, kind="latentqa", path=".", types=["system", "stimulus_completion"])) == 1
     (latentqa / "control.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no control\.json"):
         read(latentqa, kind="latentqa", path=".", types=["system", "control"])
+    with pytest.raises(ValueError, match=r"is a file; expected the folder with qa\.json"):
+        read(latentqa, kind="latentqa", path="qa.json")
 
 
-# Classification
+# Hugging Face data sets
 
 
-@pytest.fixture
-def tenses(tmp_path: Path) -> Path:
-    rows = [{"sentence": f" Sentence {i}, so.  ", "tense": ("past", "present", "future")[i % 3]} for i in range(600)]
-    with open(tmp_path / "tense.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["sentence", "tense"])
-        writer.writeheader()
-        writer.writerows(rows)
-    write(tmp_path / "tense.json", rows)
-    write(tmp_path / "tense.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
-    return tmp_path
+def labelled_set(num_rows: int = 30) -> Any:
+    import datasets
+
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "tense": datasets.ClassLabel(names=["past", "present"])}
+    )
+    rows = [{"sentence": f"S {index}.", "tense": index % 2} for index in range(num_rows)]
+    rows[3]["tense"] = -1
+    return datasets.Dataset.from_list(rows, features=features)
 
 
-TENSE = {"kind": "classification", "text": "sentence", "label": "tense", "questions": ["Is it {label}?"]}
+NAMES = ["past", "present", "past", "-1", "past"]
 
 
-def test_tables_of_all_formats_give_the_same_examples(tenses: Path) -> None:
-    by_format = [read(tenses, path=f"tense.{suffix}", **TENSE) for suffix in ("csv", "json", "jsonl")]
-    assert by_format[0] == by_format[1] == by_format[2]
-    text = "Sentence 7, so."
-    assert by_format[0][7]["context"] == [{"role": "user", "content": text}]
-    assert by_format[0][7]["read"] == [{"message": 0, "start": 0, "end": len(text)}]
+def test_a_saved_set_spells_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    saved = labelled_set()
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved.select(range(4))}).save_to_disk(str(tmp_path / "two"))
+    saved.to_parquet(str(tmp_path / "t.parquet"))
+    for path, values in [("one", {}), ("two", {"split": "train"}), ("two", {}), ("t.parquet", {})]:
+        found = read(tmp_path, path=path, **LABELLED, **values)
+        assert [row["tense"] for row in plain(found)][:5] == NAMES
+        assert plain(found)[29] == {"sentence": "S 29.", "tense": "present"}
+    assert len(plain(read(tmp_path, path="two", split="test", **LABELLED))) == 4
+    assert sources.words(sources.tables(config(path="one", **LABELLED), root=tmp_path, seed=0)) == ["past", "present"]
+    assert sources.words(sources.tables(config(path="t.parquet", **LABELLED), root=tmp_path, seed=0)) is None
+    with pytest.raises(ValueError, match=r"two has no split 'dev', only \['test', 'train'\]"):
+        read(tmp_path, path="two", split="dev", **LABELLED)
+    with pytest.raises(ValueError, match=r"split='train', but .* is no data set that `save_to_disk` wrote"):
+        read(tmp_path, path="t.parquet", split="train", **LABELLED)
 
 
-def test_yes_no_questions_are_balanced_and_right(tenses: Path) -> None:
-    asked = Counter()
-    for index, example in enumerate(read(tenses, path="tense.csv", prefix="Say it. ", **TENSE)):
-        label = ("past", "present", "future")[index % 3]
-        is_right = example["question"] == f"Say it. Is it {label}?"
-        assert example["answer"] == ("Yes" if is_right else "No")
-        asked[example["question"], example["answer"]] += 1
-    assert 250 < sum(number for (_, answer), number in asked.items() if answer == "Yes") < 350
-    assert len(asked) == 6
-    assert min(asked.values()) > 60
+def stream(monkeypatch: pytest.MonkeyPatch, num_rows: int = 30, asked: list[Any] | None = None) -> None:
+    import datasets
+
+    def load(*args: object, **values: object) -> Any:
+        if asked is not None:
+            asked.append((args, values))
+        return labelled_set(num_rows).to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def test_a_question_without_label_is_answered_by_its_wording(tenses: Path) -> None:
-    values = {
-        **TENSE,
-        "questions": ["Which tense?", "When?"],
-        "labels": {"past": "Past", "present": "Now", "future": "Later"},
-    }
-    found = read(tenses, path="tense.csv", questions_per_text=2, **values)
-    assert [example["answer"] for example in found[:6:2]] == ["Past", "Now", "Later"]
-    assert {example["question"] for example in found[:2]} == {"Which tense?", "When?"}
-    assert len({example["id"] for example in found}) == 1200
+def test_a_streamed_set_is_read_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    stream(monkeypatch, asked=asked)
+    found = read(tmp_path, dataset="o/n", subset="x", revision="r", **LABELLED)
+    assert asked == [(("o/n", "x"), {"split": "train", "revision": "r", "streaming": True})]
+    assert [row["sentence"] for row in plain(found)] == [f"S {index}." for index in range(30)]
+    assert [row["tense"] for row in plain(found)][:5] == NAMES
+    assert found[0].table == {"prefix": "s", "origin": "o/n (x, train, r)", "unit": "row"}
+    streamed = config(dataset="o/n", **LABELLED)
+    recorded = sources.inputs(streamed, sources.tables(streamed, root=tmp_path, seed=0), root=tmp_path)
+    assert recorded == [{"source": "s", "dataset": "o/n", "split": "train"}]
+    with pytest.raises(ValueError, match=r"o/n \(train\): column 'text' is missing; there are \['sentence', 'tense'\]"):
+        read(tmp_path, dataset="o/n", **LABELLED | {"text": "{text}"})
 
 
-def test_relations_become_true_and_false_statements(tmp_path: Path) -> None:
-    capitals = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid"}
-    samples = [{"subject": subject, "object": capital} for subject, capital in capitals.items()]
-    write(tmp_path / "r/capital.json", {"prompt_templates": ["The capital of {} is"], "samples": samples})
-    labels = {"true": "Yes", "false": "No"}
-    found = read(tmp_path, kind="classification", path="r", labels=labels, questions=["Is this true?"])
-    assert [example["answer"] for example in found] == ["Yes", "No"] * 3
-    assert found[0]["context"][0]["content"] == "The capital of France is Paris."
-    assert found[1]["context"][0]["content"] in {"The capital of France is Rome.", "The capital of France is Madrid."}
-    assert found[1]["id"] == "s/capital/0/false/0"
+def test_some_rows_of_a_stream_come_from_its_shuffle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stream(monkeypatch, num_rows=300)
 
+    def drawn(seed: int, **values: Any) -> list[str]:
+        found = sources.rows(config(dataset="o/n", **LABELLED, **values), root=tmp_path, seed=seed)
+        return [row["sentence"] for row in plain(list(found))]
 
-@pytest.mark.parametrize(
-    ("text", "values", "message"),
-    [
-        ("sentence,tense\nA.,past\n", {"text": "words"}, r"t\.csv: row 1: key 'words' is missing; there are"),
-        ("sentence,tense\nA.,past\n ,past\n", {}, r"t\.csv: row 2: key 'sentence': expected text"),
-        ("sentence,tense\nA.,\n", {}, r"t\.csv: row 1: key 'tense': expected a label, got ''"),
-        ("sentence,tense\nA.\n", {}, r"t\.csv: row 1: has another number of cells"),
-        ("sentence,tense\nA.,past\n", {}, r"needs two labels or more, got \['past'\]"),
-        ("sentence,tense\nA.,past\n", {"labels": {"now": "Now"}}, r"label 'past' has no wording; labels has \['now'\]"),
-        ("sentence,tense\nA.,past\n", {"questions": []}, "questions is empty"),
-    ],
-)
-def test_bad_tables_name_row_and_column(tmp_path: Path, text: str, values: dict[str, Any], message: str) -> None:
-    write(tmp_path / "t.csv", text)
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path, path="t.csv", **{**TENSE, **values})
-
-
-# Plain text, chats, records
-
-
-def test_texts_chats_and_paragraphs(tmp_path: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-    write(tmp_path / "a.jsonl", f'{{"text": "One."}}\n\n{json.dumps(chat)}\n')
-    one, two = read(tmp_path, kind="context_prediction", path="a.jsonl")
-    assert (one["id"], one["context"]) == ("s/1", "One.")
-    assert (two["id"], two["context"]) == ("s/3", chat["messages"])
-    write(tmp_path / "a.txt", "\nOne\nstill one.\n  \n\nTwo.")
-    found = read(tmp_path, kind="context_prediction", path="a.txt")
-    assert [(example["id"], example["context"]) for example in found] == [("s/2", "One\nstill one."), ("s/6", "Two.")]
+    ten = drawn(0, rows=10)
+    assert len(set(ten)) == 10
+    assert ten == drawn(0, rows=10) != drawn(1, rows=10)
+    assert ten != [f"S {index}." for index in range(10)]
+    # A count is as many rows as give it.
+    assert drawn(0, count=20, questions_per_text=2) == ten
+    assert len(drawn(0, count=21, questions_per_text=2)) == 11
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("error", "kind", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ('"text"', "line 2: expected a JSON object, got str"),
-        ('{"txt": "a"}', r"line 2: key 'text' is missing; there are \['txt'\]"),
-        ('{"text": " "}', "line 2: key 'text': expected text, got ' '"),
-        ('{"messages": []}', "line 2: key 'messages': expected a list of messages"),
-        ('{"messages": [{"role": "user"}]}', "line 2: message 0: expected an object with texts role and content"),
+        ("DatasetNotFoundError:Dataset 'o/n' is a gated dataset on the Hub.", FileNotFoundError, r"o/n \(train\) is gated\. Open its page on the Hub.*accept its terms.*hf auth login.*save_to_disk"),  # noqa: E501
+        ("DatasetNotFoundError:Dataset 'o/n' doesn't exist on the Hub", FileNotFoundError, r"the Hub knows none of this name, or it is private"),  # noqa: E501
+        ("ConnectionError:Couldn't reach the Hub", ConnectionError, r"the Hub cannot be reached .*save_to_disk.*path = \"FOLDER\""),
+        ("RuntimeError:Dataset scripts are no longer supported, but found n.py", ValueError, r'revision = "refs/convert/parquet"'),
+        ("ValueError:Bad split: dev. Available splits: ['train']", ValueError, r"data set o/n \(train\): Bad split: dev"),
     ],
-)
-def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
-    write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line)
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path, kind="context_prediction", path="a.jsonl")
+)  # fmt: skip
+def test_a_set_out_of_reach_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, kind: type[Exception], message: str
+) -> None:
+    import builtins
+
+    import datasets
+    from datasets import exceptions
+
+    name, text = error.split(":", 1)
+
+    def load(*args: object, **values: object) -> Any:
+        raise (getattr(exceptions, name, None) or getattr(builtins, name))(text)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(kind, match=message):
+        read(tmp_path, dataset="o/n", **LABELLED)
 
 
-def test_records_pass_through(tmp_path: Path) -> None:
-    record = {"id": "r1", "context": "Some text", "question": "What?", "answer": "That.", "positions": [0, -1]}
-    write(tmp_path / "a.jsonl", json.dumps(record))
-    assert read(tmp_path, kind="records", path="a.jsonl") == [record | {"source": "s"}]
-    write(tmp_path / "a.jsonl", json.dumps({"context": "x"}))
-    with pytest.raises(ValueError, match="line 1: key 'id' is missing"):
-        read(tmp_path, kind="records", path="a.jsonl")
+# Reading ahead
 
 
-# Draws
+def test_reading_ahead_is_bounded_keeps_order_and_stops() -> None:
+    taken: list[int] = []
+
+    def count() -> Iterator[int]:
+        for index in range(1000):
+            taken.append(index)
+            yield index
+
+    items = ahead(count(), depth=3)
+    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
+    items.close()
+    assert len(taken) <= 10
+    assert not [thread for thread in threading.enumerate() if thread.name == "ao-read-ahead"]
+    assert list(ahead(range(100), depth=1)) == list(range(100))
 
 
-def test_a_count_draws_by_key_and_keeps_the_order(tenses: Path) -> None:
-    everything = read(tenses, path="tense.csv", **TENSE)
-    drawn = read(tenses, path="tense.csv", count=100, **TENSE)
-    assert len(drawn) == 100
-    assert drawn == [example for example in everything if example in drawn]
-    assert drawn == read(tenses, path="tense.csv", count=100, **TENSE)
-    assert drawn != read(tenses, path="tense.csv", count=100, seed=1, **TENSE)
-    more = read(tenses, path="tense.csv", count=200, **TENSE)
-    assert all(example in more for example in drawn)
+def test_what_reading_raises_is_raised_in_its_place() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("line 2")
+
+    items = ahead(broken(), depth=2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="line 2"):
+        next(items)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"source 's': .*absent.* does not exist; its path is taken from"):
-        read(tmp_path, kind="records", path="absent.jsonl")
+def test_readers_load_their_libraries_late() -> None:
+    import subprocess
+
+    code = "import sys, ao.sources; print([m for m in ('pyarrow', 'datasets', 'numpy', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 @real_data.needed
 def test_the_published_files_are_read() -> None:
-    drops: Counter[str] = Counter()
     types = ["system", "control", "stimulus"]
-    found = read(real_data.FOLDER, kind="latentqa", path="latentqa", types=types, drops=drops)
-    assert len(found) == 2 * (567 + 500 + 567)
-    assert not drops
-    truth = {"kind": "classification", "text": "statement", "labels": {"1": "Yes", "0": "No"}, "questions": ["True?"]}
-    assert len(read(real_data.FOLDER, path="classification/geometry_of_truth", **truth)) == 14808
-    relations = {"kind": "classification", "labels": {"true": "Yes", "false": "No"}, "questions": ["True?"]}
-    answers = Counter(e["answer"] for e in read(real_data.FOLDER, path="classification/relations", **relations))
-    assert answers == {"Yes": 4118, "No": 4118}
+    found = read(real_data.FOLDER, kind="latentqa", path="latentqa", types=types)
+    assert [sum(p.batch.num_rows for p in found if p.table["type"] == kind) for kind in types] == [567, 500, 567]
+    assert sum(map(len, sources.questions(real_data.FOLDER / "latentqa").values())) > 1000
+    truth = {"kind": "classification", "text": "statement", "questions": ["True?"]}
+    found = read(real_data.FOLDER, path="classification/geometry_of_truth", **truth)
+    assert sum(part.batch.num_rows for part in found) == 14808
+    assert {row["label"] for row in plain(found)} == {"0", "1"}
+    found = read(real_data.FOLDER, path="classification/relations", kind="classification", questions=["True?"])
+    assert sum(part.batch.num_rows for part in found) == 4118
+    assert all(part.table["templates"] for part in found)

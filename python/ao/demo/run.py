@@ -103,7 +103,7 @@ def _prepare(out: Path, seed: int, target: str) -> Recipe:
         shutil.rmtree(out / stale, ignore_errors=True)
     world.write_files(out / "world", seed=seed)
     write_atomic(out / "recipe.toml", to_toml(recipe))
-    pack(recipe, root=out, out=out / "packed", progress=True)
+    pack(recipe, root=out, out=out / "packed", restart=True, progress=True)
     return recipe
 
 

@@ -82,7 +82,7 @@ def load_task(task: TaskConfig, recipe: Recipe, *, framer: Framer, root: Path, o
         max_context_tokens=recipe.data.max_context_tokens,
         sources=task.sources,
     )
-    pack(replace(recipe, data=data), root=root, out=out, progress=progress)
+    pack(replace(recipe, data=data), root=root, out=out, restart=True, progress=progress)
     packed = PackedDataset.open(out)
     packed.require(oracle=framer.fingerprint)
     by_source: dict[str, list[tuple[bytes, int]]] = defaultdict(list)

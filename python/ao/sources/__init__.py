@@ -1,43 +1,134 @@
-"""Sources: files of one format each, read into Examples (dicts as `docs/design.md` describes them)."""
+"""Sources: files and data sets, read into Arrow record batches. What becomes of a row is decided in Rust (`ao._ao.Source`).
+
+A batch is one column called `json`, a JSON object a row, or typed columns that mean the same object. Rows count from 0
+within their table.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ao.config import ClassificationSource, ContextPredictionSource, LatentQASource, RecordsSource, SourceConfig
-from ao.sources import classification, context_prediction, latentqa, records
+from ao.config import SourceConfig
+from ao.sources.ahead import ahead
+from ao.sources.columns import Columns
+from ao.sources.files import file_tables
+from ao.sources.hub import hub_table, is_saved, saved_table
+from ao.sources.latentqa import questions, stimulus_tables
+from ao.sources.table import Table
 
-Example = dict[str, Any]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Rows", "Table", "inputs", "needed_rows", "questions", "rows", "tables", "words"]
+
+READ_AHEAD = 4
+"""Batches that are read while others are packed."""
 
 
-def examples(config: SourceConfig, *, seed: int, root: Path, drops: Counter[str] | None = None) -> Iterator[Example]:
-    """The Examples of a source, in file order; every draw is keyed by seed and id, so none depends on another.
+class Rows(NamedTuple):
+    """Consecutive rows of one table."""
+
+    table: dict[str, Any]
+    """What the rows have in common: id prefix, origin for errors, unit of row numbers."""
+    batch: pa.RecordBatch
+    """The rows."""
+    first_row: int
+    """Number of the first one."""
+
+
+def tables(config: SourceConfig, *, root: Path, seed: int) -> list[Table]:
+    """The tables of a source, in the order of their names.
 
     Args:
         config: The source.
-        seed: Keys the draws.
         root: Folder that a relative `config.path` is taken from.
-        drops: Counts what is left out, by reason.
+        seed: Keys the shuffle of a streamed data set of which only some rows are read.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file has another layout than its format; names file, entry and key.
+        FileNotFoundError: a file or data set is missing or out of reach; says what to do.
+        ValueError: a file is of a kind that the source does not read.
     """
-    path = root / config.path
+    columns = Columns.of(config)
+    if config.dataset is not None:
+        return [hub_table(config, columns=columns, seed=seed, limit=needed_rows(config))]
+    path = root / str(config.path)
     if not path.exists():
         raise FileNotFoundError(
             f"source {config.name!r}: {path} does not exist; its path is taken from the recipe's folder"
         )
-    drops = Counter() if drops is None else drops
-    match config:
-        case LatentQASource():
-            return latentqa.examples(config, seed=seed, path=path, drops=drops)
-        case ClassificationSource():
-            return classification.examples(config, seed=seed, path=path)
-        case ContextPredictionSource():
-            return context_prediction.examples(config, seed=seed, path=path)
-        case RecordsSource():
-            return records.examples(config, seed=seed, path=path)
+    if config.kind == "latentqa":
+        return stimulus_tables(config, path=path)
+    if is_saved(path):
+        return [saved_table(config, path=path, columns=columns)]
+    if config.split is not None:
+        raise ValueError(
+            f"source {config.name!r}: split={config.split!r}, but {path} is no data set that `save_to_disk` wrote; "
+            "leave split out"
+        )
+    return file_tables(config, path=path, columns=columns)
+
+
+def needed_rows(config: SourceConfig) -> int | None:
+    """Rows of a streamed data set that give `config.count` examples, or `config.rows`; None for all."""
+    if config.rows is not None or config.count is None or config.dataset is None:
+        return config.rows
+    per_row = {"classification": "questions_per_text", "context_prediction": "draws_per_text"}.get(config.kind)
+    return -(-config.count // (getattr(config, per_row) if per_row else 1))
+
+
+def rows(config: SourceConfig, *, root: Path, seed: int, found: list[Table] | None = None) -> Iterator[Rows]:
+    """The rows of a source, read ahead by a thread while the last ones are used; `config.rows` of them at most.
+
+    Args:
+        config: The source.
+        root: Folder that a relative `config.path` is taken from.
+        seed: As for `tables`.
+        found: What `tables` gave, if it was asked.
+
+    Raises:
+        As `tables`, and ValueError where a file is malformed: names file and line.
+    """
+    listed = tables(config, root=root, seed=seed) if found is None else found
+    return ahead(_limited(listed, config.rows), depth=READ_AHEAD)
+
+
+def _limited(found: list[Table], limit: int | None) -> Iterator[Rows]:
+    left = limit
+    for table in found:
+        for batch, first_row in table.batches():
+            if left is not None:
+                if left <= 0:
+                    return
+                batch = batch.slice(0, left)
+                left -= batch.num_rows
+            yield Rows(table.described, batch, first_row)
+
+
+def words(found: list[Table]) -> list[str] | None:
+    """The labels that tables declare before they are read, or None."""
+    declared = [table.words for table in found]
+    if not declared or any(names is None for names in declared):
+        return None
+    return sorted({name for names in declared for name in names or ()})
+
+
+def inputs(config: SourceConfig, found: list[Table], *, root: Path) -> list[dict[str, Any]]:
+    """What the data set is made from, without places: files by name, bytes and digest, data sets by their names."""
+    recorded: list[dict[str, Any]] = []
+    base = root / str(config.path)
+    files = {file for table in found for file in table.files}
+    if config.kind == "latentqa":
+        files.add(base / "qa.json")
+    for file in sorted(files):
+        from ao._ao import input_digest
+
+        name = file.relative_to(base).as_posix() if base.is_dir() else file.name
+        recorded.append(
+            {"source": config.name, "file": name, "bytes": file.stat().st_size, "xxh3": input_digest(str(file))}
+        )
+    for table in found:
+        if table.dataset is not None:
+            recorded.append({"source": config.name, **table.dataset})
+    return recorded

@@ -1,104 +1,392 @@
-"""What the sources share: keyed draws and readers whose errors name file, line and key."""
+"""Readers of files: JSONL, JSON, CSV, Parquet, Arrow and plain text, each also compressed (.gz, .zst) where it is text.
+
+A file is read in blocks of a few MiB, so memory does not grow with it; only a `.json` file is read whole. Errors of a
+file's own layout (no JSON, cells that a row lacks, bytes that are not UTF-8) name file and line and end the reading;
+what is wrong with a single row is found, and counted, in Rust.
+"""
 
 from __future__ import annotations
 
 import csv
-import hashlib
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from ao.config import SourceConfig
+from ao.sources.columns import Columns, spelled
+from ao.sources.table import Batches, Table
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK = 4 * 2**20
+"""Bytes of a block."""
+ENTRIES = 4096
+"""Entries of a `.json` file in one batch."""
+COMPRESSED = (".gz", ".zst")
+
+Read = Iterator[tuple["pa.RecordBatch", int]]
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"\n[^\S\n]*\n\s*")
+_CSV_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
-def key(seed: int, name: str, purpose: str) -> int:
-    """A uniform 64-bit number that depends on these three alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest(), "little")
+def file_tables(config: SourceConfig, *, path: Path, columns: Columns) -> list[Table]:
+    """The tables of a file, or of all the files that can be read below a folder, by name.
 
-
-def draw(rows: Callable[[], Iterable[tuple[str, T]]], *, count: int | None, seed: int) -> Iterator[tuple[str, T]]:
-    """Of rows (id, value) the `count` with the smallest keys, or all of fewer, in their order.
-
-    `rows` is called twice where there is a count, so that nothing has to be held.
+    Raises:
+        FileNotFoundError: the folder has no such file.
+        ValueError: the file is of another kind, or two files of a folder would give the same ids.
     """
-    if count is None:
-        yield from rows()
+    if not path.is_dir():
+        return [_table(config, path=path, prefix=config.name, columns=columns)]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and _kind(config, file) is not None and not file.name.startswith(".")
+    )
+    if not files:
+        raise FileNotFoundError(f"source {config.name!r}: {path} has no file of {_kinds(config)}")
+    by_prefix: dict[str, Path] = {}
+    for file in files:
+        name = file.relative_to(path).as_posix().removesuffix("".join(_suffixes(file)))
+        other = by_prefix.setdefault(f"{config.name}/{name}", file)
+        if other is not file:
+            raise ValueError(
+                f"source {config.name!r}: {other} and {file} differ only in their suffix, so their rows would have the "
+                "same ids; rename one, or take it out of the folder"
+            )
+    return [_table(config, path=file, prefix=prefix, columns=columns) for prefix, file in by_prefix.items()]
+
+
+def _suffixes(path: Path) -> list[str]:
+    """A file's format and, behind it, its compression: [".jsonl", ".gz"]."""
+    suffixes = path.suffixes
+    return suffixes[-2:] if suffixes and suffixes[-1] in COMPRESSED else suffixes[-1:]
+
+
+def _kind(config: SourceConfig, path: Path) -> str | None:
+    suffixes = _suffixes(path)
+    if not suffixes or suffixes[0] not in _READERS:
+        return None
+    if suffixes[0] == ".txt" and config.kind != "context_prediction":
+        return None
+    return None if len(suffixes) > 1 and suffixes[0] in _BINARY else suffixes[0]
+
+
+def _kinds(config: SourceConfig) -> str:
+    return " ".join(suffix for suffix in _READERS if suffix != ".txt" or config.kind == "context_prediction")
+
+
+def _table(config: SourceConfig, *, path: Path, prefix: str, columns: Columns) -> Table:
+    kind = _kind(config, path)
+    if kind is None:
+        raise ValueError(
+            f"source {config.name!r}: {path}: cannot be read as {config.kind}; expected {_kinds(config)} "
+            "(text also as .gz or .zst), or a folder of such files"
+        )
+    described: dict[str, Any] = {"prefix": prefix, "origin": str(path), "unit": _UNITS.get(kind, "row")}
+    if kind == ".json":
+        return _json_table(config, path, described)
+    if kind == ".txt":
+        whole = config.kind == "context_prediction" and config.documents == "file"
+        name = getattr(config, "text", "text")
+        return Table(described=described, files=(path,), batches=lambda: read_text(path, name=name, whole=whole))
+    reader = _READERS[kind]
+    return Table(described=described, files=(path,), batches=lambda: reader(path, columns))
+
+
+# Text
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file's bytes, decompressed."""
+    import pyarrow as pa
+
+    if _suffixes(path)[-1] not in COMPRESSED:
+        with open(path, "rb", buffering=0) as file:
+            yield file
         return
-    keys = np.fromiter((key(seed, name, "draw") for name, _ in rows()), dtype=np.uint64)
-    keep = np.zeros(len(keys), dtype=bool)
-    keep[np.argsort(keys, kind="stable")[:count]] = True
-    for kept, row in zip(keep, rows(), strict=True):
-        if kept:
-            yield row
+    with pa.input_stream(str(path), compression="detect") as stream:
+        try:
+            yield stream
+        except OSError as error:
+            # What the codec says of a damaged stream; ours to say which file that was.
+            raise ValueError(f"{path}: cannot be decompressed: {error}; the file is damaged or cut off") from None
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes without a byte order mark, about `BLOCK` at a time."""
+    with _opened(path) as file:
+        first = True
+        while block := file.read(BLOCK):
+            yield block.removeprefix(_BYTE_ORDER_MARK) if first else block
+            first = False
+
+
+def read_jsonl(path: Path, columns: Columns | None = None) -> Read:
+    """Lines as they stand, in a column `json`; blank ones count as rows. No line is looked at here."""
+    import numpy as np
+    import pyarrow as pa
+
+    def batch(block: bytes, ends: np.ndarray) -> pa.RecordBatch:
+        offsets = np.concatenate([[0], ends])
+        lines = pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(ends), [None, pa.py_buffer(offsets), pa.py_buffer(block)]
+        )
+        return pa.record_batch([lines], names=["json"])
+
+    rest, first_row = b"", 0
+    for block in _blocks(path):
+        block = rest + block if rest else block
+        ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1
+        if not len(ends):
+            rest = block
+            continue
+        yield batch(block, ends), first_row
+        first_row += len(ends)
+        rest = block[ends[-1] :]
+    if rest:
+        yield batch(rest, np.array([len(rest)])), first_row
+
+
+def read_text(path: Path, *, name: str, whole: bool) -> Read:
+    """Documents of a text file in a column `name`: what stands between blank lines, or the whole file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    import pyarrow as pa
+
+    first_row = 0
+    for pieces in [[b"".join(_blocks(path)).strip()]] if whole else _paragraphs(path):
+        documents = [piece for piece in pieces if piece]
+        if not documents:
+            continue
+        try:
+            column = pa.array(documents, pa.large_binary()).cast(pa.large_string())
+        except pa.ArrowInvalid:
+            for index, document in enumerate(documents):
+                try:
+                    document.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}: document {first_row + index}: not UTF-8: {error}") from None
+            raise
+        yield pa.record_batch([column], names=[name]), first_row
+        first_row += len(documents)
+
+
+def _paragraphs(path: Path) -> Iterator[list[bytes]]:
+    rest = b""
+    for block in _blocks(path):
+        *pieces, rest = _BLANK_LINES.split(rest + block)
+        yield [piece.strip() for piece in pieces]
+    yield [rest.strip()]
+
+
+def read_csv(path: Path, columns: Columns) -> Read:
+    """Rows of a CSV file with a header, every cell as text; blank lines are passed over.
+
+    Raises:
+        ValueError: it has no header, a row has another number of cells, or it is not UTF-8.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as pa_csv
+
+    names = _csv_header(path)
+    chosen = columns.chosen(names, where=str(path))
+    first_row = 0
+    try:
+        # With use_threads Arrow no longer knows the number of a bad row.
+        with pa_csv.open_csv(
+            str(path),
+            read_options=pa_csv.ReadOptions(use_threads=False, block_size=BLOCK),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), include_columns=chosen, strings_can_be_null=False
+            ),
+        ) as reader:
+            for batch in reader:
+                if batch.num_rows:
+                    yield batch, first_row
+                    first_row += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        if found := _CSV_ROW.search(str(error)):
+            row, expected, got = map(int, found.groups())
+            raise ValueError(
+                f"{path}: row {row - 1}: expected {expected} cells as the header has, got {got}; a cell with a comma "
+                "or a line break must stand in quotes"
+            ) from None
+        raise ValueError(f"{path}: not a CSV file in UTF-8, after row {first_row}: {error}") from None
+
+
+def _csv_header(path: Path) -> list[str]:
+    with _opened(path) as file:
+        text = io.TextIOWrapper(io.BytesIO(file.read(BLOCK)), encoding="utf-8-sig", errors="replace", newline="")
+        try:
+            names = next(csv.reader(text, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{path}: its header is no CSV: {error}") from None
+    if not names:
+        raise ValueError(f"{path}: is empty; expected a CSV file with a header")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename one")
+    return names
+
+
+# JSON
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    data = b"".join(_blocks(path))
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        remedy = "; one object a line is JSONL: rename it to .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{path}: not JSON: {error}{remedy}") from None
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, numbered from 1."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+def json_batches(entries: Sequence[object]) -> Read:
+    """Entries of a JSON file in a column `json`."""
+    import pyarrow as pa
+
+    for start in range(0, len(entries), ENTRIES):
+        # Escaped, so that half a surrogate pair is a bad row and not the end of the reading.
+        lines = [json.dumps(entry) for entry in entries[start : start + ENTRIES]]
+        yield pa.record_batch([pa.array(lines, pa.large_string())], names=["json"]), start
 
 
-def parse_object(line: bytes, *, where: str) -> dict[str, Any]:
-    """The JSON object of a JSONL line."""
+def _json_table(config: SourceConfig, path: Path, described: dict[str, Any]) -> Table:
+    """A list of objects, or for classification a relation file: {"samples": [...], "prompt_templates": [...]}."""
+    with _opened(path) as file:
+        is_list = file.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    if is_list:
+        return Table(described=described, files=(path,), batches=lambda: json_batches(read_json(path)))
+    relation = read_json(path)
+    if config.kind != "classification" or not isinstance(relation, dict):
+        raise ValueError(f"{path}: expected a list of objects, got {_named(relation)}")
+    described = described | {"templates": _relation_templates(path, relation)}
+    return Table(described=described, files=(path,), batches=lambda: json_batches(relation["samples"]))
+
+
+def _relation_templates(path: Path, relation: dict[str, Any]) -> list[str]:
+    for key in ("samples", "prompt_templates"):
+        if not isinstance(relation.get(key), list) or not relation[key]:
+            raise ValueError(
+                f"{path}: key {key!r}: expected a list that is not empty, got {_named(relation.get(key))}; a JSON file is "
+                'a list of objects, or a relation: {"samples": [...], "prompt_templates": [...]}'
+            )
+    for template in relation["prompt_templates"]:
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f"{path}: prompt_templates: expected texts with {{}} for the subject, got {template!r}")
+    return relation["prompt_templates"]
+
+
+def _named(value: object) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+# Typed columns
+
+
+def read_parquet(path: Path, columns: Columns) -> Read:
+    """Rows of a Parquet file.
+
+    Raises:
+        ValueError: it is no Parquet file, or a column is missing.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from None
+    with file:
+        chosen = columns.chosen(file.schema_arrow.names, where=str(path))
+        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        per_batch = _per_batch(size, file.metadata.num_rows)
+        batches = file.iter_batches(batch_size=per_batch, columns=chosen, use_threads=False)
+        yield from _numbered(path, batches, columns, file.schema_arrow.metadata)
 
 
-def field(entry: object, name: str, *, where: str) -> str:
-    """A text field of an entry, stripped; it must be there and not be empty."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected an object, got {type(entry).__name__}")
-    value = column(entry, name, where=where)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: key {name!r}: expected text, got {value!r}")
-    return value.strip()
+def read_arrow(path: Path, columns: Columns) -> Read:
+    """Rows of an Arrow IPC file (also called Feather 2) or stream.
+
+    Raises:
+        ValueError: it is neither, or a column is missing.
+    """
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        try:
+            if file.size() >= 6 and file.read_at(6, 0) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                schema = reader.schema
+                found = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                reader = pa.ipc.open_stream(file)
+                schema, found = reader.schema, iter(reader)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not an Arrow IPC file or stream (Feather 1 is not read): {error}") from None
+        chosen = columns.chosen(schema.names, where=str(path))
+        yield from _numbered(path, (batch.select(chosen) for batch in found), columns, schema.metadata)
 
 
-def column(entry: dict[str, Any], name: str, *, where: str) -> Any:
-    """A field of an entry; it must be there."""
-    if name not in entry:
-        raise ValueError(f"{where}: key {name!r} is missing; there are {sorted(map(str, entry))}")
-    return entry[name]
+def _numbered(
+    path: Path, batches: Iterator[pa.RecordBatch], columns: Columns, metadata: dict[bytes, bytes] | None
+) -> Read:
+    """Batches of at most about `BLOCK` bytes with their first row's number, class numbers spelled out."""
+    import pyarrow as pa
+
+    names = class_names(metadata, columns.label)
+    first_row = 0
+    try:
+        for whole in batches:
+            per_batch = _per_batch(whole.nbytes, whole.num_rows)
+            for start in range(0, whole.num_rows, per_batch):
+                batch = whole.slice(start, per_batch)
+                yield batch if names is None else spelled(batch, str(columns.label), names), first_row
+                first_row += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged after row {first_row}: {error}") from None
 
 
-def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV, JSON (a list of objects) or JSONL file, each with where it stands, for errors."""
-    if path.suffix == ".csv":
-        rows: list[tuple[str, dict[str, Any]]] = []
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            try:
-                for row in csv.DictReader(file, strict=True):
-                    where = f"{path}: row {len(rows) + 1}"
-                    if None in row or None in row.values():
-                        raise ValueError(f"{where}: has another number of cells than the header")
-                    rows.append((where, row))
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: not a CSV file in UTF-8: {error}, after row {len(rows)}") from None
-        return rows
-    if path.suffix == ".jsonl":
-        places = ((f"{path}: line {number}", line) for number, line in lines(path))
-        return [(where, parse_object(line, where=where)) for where, line in places]
-    if path.suffix != ".json":
-        raise ValueError(f"{path}: expected .csv, .json or .jsonl, got {path.suffix or 'no suffix'}")
-    entries = read_json(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: expected a list of objects")
-    return [(f"{path}: entry {index}", entry) for index, entry in enumerate(entries)]
+def class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> list[str] | None:
+    """The names of the classes that numbers in column `label` stand for, as `datasets` leaves them in a file."""
+    if label is None or metadata is None or b"huggingface" not in metadata:
+        return None
+    feature = json.loads(metadata[b"huggingface"]).get("info", {}).get("features", {}).get(label)
+    is_class = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    return feature.get("names") if is_class else None
+
+
+def _per_batch(num_bytes: int, num_rows: int) -> int:
+    return max(1, BLOCK * num_rows // max(num_bytes, 1)) if num_rows else 1
+
+
+_READERS: dict[str, Callable[[Path, Columns], Read]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": lambda path, columns: json_batches(read_json(path)),
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+    ".txt": lambda path, columns: read_text(path, name="text", whole=False),
+}
+_BINARY = {".parquet", ".arrow", ".feather"}
+_UNITS = {".jsonl": "line", ".ndjson": "line", ".json": "entry", ".txt": "entry"}
+
+__all__ = ["BLOCK", "Batches", "class_names", "file_tables", "json_batches", "read_json"]

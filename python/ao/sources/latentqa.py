@@ -16,37 +16,37 @@ used, as by default there.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ao.config import LatentQASource
-from ao.sources import files
+from ao.sources.files import json_batches, read_json
+from ao.sources.table import Table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
-_TURNS = {
-    "system": (("system", "system"), ("user", "stimulus_user")),
-    "control": (("user", "control_user"),),
-    "stimulus": (("user", "control_user"), ("assistant", "control_model"), ("user", "stimulus_user")),
-    "stimulus_completion": (
-        ("user", "control_user"),
-        ("assistant", "control_model"),
-        ("user", "stimulus_user"),
-        ("assistant", "stimulus_model"),
-    ),
+# Nothing else is handed over: the thoughts are most of the bytes.
+_KEYS = {
+    "system": ("system", "stimulus_user", "label"),
+    "control": ("control_user", "label"),
+    "stimulus": ("control_user", "control_model", "stimulus_user", "label"),
+    "stimulus_completion": ("control_user", "control_model", "stimulus_user", "stimulus_model", "label"),
 }
-_FIRST_READ = {"system": 1, "control": 0, "stimulus": 2, "stimulus_completion": 2}
-
-Pair = tuple[str, str]
 
 
-def examples(config: LatentQASource, *, seed: int, path: Path, drops: Counter[str]) -> Iterator[dict[str, Any]]:
-    """One Example per stimulus and question, in the order of `config.types` and of the files.
+def stimulus_tables(config: LatentQASource, *, path: Path) -> list[Table]:
+    """The stimulus files of a folder, in the order of `config.types`.
 
-    A stimulus whose label has no questions counts as a drop, `label_without_questions`.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is no list of entries.
     """
+    if not path.is_dir():
+        raise ValueError(f"source {config.name!r}: {path} is a file; expected the folder with qa.json and the stimuli")
     # The published evaluation files lack completions; what is there is used.
     types = [kind for kind in config.types if kind != "stimulus_completion" or (path / f"{kind}.json").is_file()]
     types = types or list(config.types)
@@ -58,54 +58,45 @@ def examples(config: LatentQASource, *, seed: int, path: Path, drops: Counter[st
             raise FileNotFoundError(
                 f"source {config.name!r}: {path} has no {name}.json, only {there}; leave it out of types, or add it"
             )
-    questions = _questions(path / "qa.json")
-    stimuli = []
-    for kind in types:
-        for index, entry in enumerate(_entries(path / f"{kind}.json")):
-            where = f"{path / kind}.json: entry {index}"
-            messages = [{"role": role, "content": files.field(entry, name, where=where)} for role, name in _TURNS[kind]]
-            stimuli.append((f"{config.name}/{kind}/{index}", kind, files.field(entry, "label", where=where), messages))
-
-    unanswered = sum(label not in questions for _, _, label, _ in stimuli)
-    if unanswered:
-        drops["label_without_questions"] += unanswered
-
-    def rows() -> Iterator[tuple[str, tuple[str, str, list[dict[str, str]], Pair]]]:
-        for name, kind, label, messages in stimuli:
-            pairs = [(f"{name}/{index}", pair) for index, pair in enumerate(questions.get(label, ()))]
-            drawn = files.draw(lambda pairs=pairs: pairs, count=config.questions_per_stimulus, seed=seed)
-            for row, pair in drawn:
-                yield row, (kind, label, messages, pair)
-
-    for name, (kind, label, messages, (question, answer)) in files.draw(rows, count=config.count, seed=seed):
-        example: dict[str, Any] = {"id": name, "source": config.name, "context": messages}
-        if first := _FIRST_READ[kind]:
-            example["read"] = [{"message": first, "onwards": True}]
-        yield example | {"question": question, "answer": answer, "meta": {"label": label, "type": kind}}
+    return [_table(config, kind, path / f"{kind}.json") for kind in types]
 
 
-def _entries(path: Path) -> list[Any]:
-    entries = files.read_json(path)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of entries, got {type(entries).__name__}")
-    return entries
+def _table(config: LatentQASource, kind: str, file: Path) -> Table:
+    def batches() -> Iterator[tuple[pa.RecordBatch, int]]:
+        entries = read_json(file)
+        if not isinstance(entries, list):
+            raise ValueError(f"{file}: expected a list of entries, got {type(entries).__name__}")
+        return json_batches([_kept(entry, kind) for entry in entries])
+
+    described = {"prefix": f"{config.name}/{kind}", "origin": str(file), "unit": "entry", "type": kind}
+    return Table(described=described, files=(file,), batches=batches)
 
 
-def _questions(path: Path) -> dict[str, list[Pair]]:
-    by_label = files.read_json(path)
+def _kept(entry: object, kind: str) -> object:
+    return {key: entry[key] for key in _KEYS[kind] if key in entry} if isinstance(entry, dict) else entry
+
+
+def questions(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """By label its questions with their answers, from a folder's qa.json.
+
+    Raises:
+        ValueError: it has another layout; names the label and the pair.
+    """
+    file = path / "qa.json"
+    by_label = read_json(file)
     if not isinstance(by_label, dict):
-        raise ValueError(f"{path}: expected an object of labels, got {type(by_label).__name__}")
-    questions: dict[str, list[Pair]] = {}
+        raise ValueError(f"{file}: expected an object of labels, got {type(by_label).__name__}")
+    found: dict[str, list[tuple[str, str]]] = {}
     for label, pairs in by_label.items():
         if not isinstance(pairs, list):
             raise ValueError(
-                f"{path}: key {label!r}: expected a list of [question, answer], got {type(pairs).__name__}"
+                f"{file}: key {label!r}: expected a list of [question, answer], got {type(pairs).__name__}"
             )
         for index, pair in enumerate(pairs):
             is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)
             if not is_pair:
                 raise ValueError(
-                    f"{path}: key {label!r}, pair {index}: expected [question, answer] as texts, got {pair!r}"
+                    f"{file}: key {label!r}, pair {index}: expected [question, answer] as texts, got {pair!r}"
                 )
-        questions[label.strip()] = [(question.strip(), answer.strip()) for question, answer in pairs]
-    return questions
+        found[label.strip()] = [(question.strip(), answer.strip()) for question, answer in pairs]
+    return found

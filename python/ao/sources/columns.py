@@ -1,0 +1,74 @@
+"""Which columns of a table a source needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ao.config import ClassificationSource, ContextPredictionSource, SourceConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+def fields(template: str) -> list[str]:
+    """The columns that stand in braces in a template, each once."""
+    return list(dict.fromkeys(_FIELD.findall(template)))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read."""
+
+    needed: tuple[str, ...] = ()
+    """Each must be there; without any, all columns are read."""
+    any_of: tuple[str, ...] = ()
+    """Those of these that are there are read, one at least."""
+    label: str | None = None
+    """The one that holds labels."""
+
+    @staticmethod
+    def of(config: SourceConfig) -> Columns:
+        """The columns of a source's tables."""
+        match config:
+            case ClassificationSource():
+                in_questions = [name for question in config.questions for name in fields(question) if name != "label"]
+                names = [*(fields(config.text) or [config.text]), *in_questions, config.label]
+                return Columns(needed=tuple(dict.fromkeys(names)), label=config.label)
+            case ContextPredictionSource():
+                return Columns(any_of=tuple(dict.fromkeys((config.text, "messages"))))
+            case _:
+                return Columns()
+
+    def chosen(self, names: Sequence[str], *, where: str) -> list[str]:
+        """Those of a table's columns that are read, in the table's order.
+
+        Raises:
+            ValueError: one is missing; names those that are there.
+        """
+        if missing := [name for name in self.needed if name not in names]:
+            raise ValueError(f"{where}: column {missing[0]!r} is missing; there are {sorted(names)}")
+        if self.any_of and not set(self.any_of) & set(names):
+            expected = " or ".join(map(repr, self.any_of))
+            raise ValueError(f"{where}: expected a column {expected}; there are {sorted(names)}")
+        wanted = {*self.needed, *self.any_of} or set(names)
+        return [name for name in names if name in wanted]
+
+
+def spelled(batch: pa.RecordBatch, label: str, names: Sequence[str]) -> pa.RecordBatch:
+    """The batch with its class numbers replaced by the names of the classes; a number without a name stays as text."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are made at run time
+    index = batch.schema.get_field_index(label)
+    numbers = batch.column(index)
+    if not pa.types.is_integer(numbers.type):
+        return batch
+    known = compute.and_(compute.greater_equal(numbers, 0), compute.less(numbers, len(names)))
+    found = pa.array(names, pa.string()).take(compute.if_else(known, numbers, pa.scalar(None, numbers.type)))
+    return batch.set_column(index, label, compute.coalesce(found, numbers.cast(pa.string())))
