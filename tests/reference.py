@@ -16,6 +16,8 @@ import xxhash
 from transformers import AutoTokenizer
 
 PLACEHOLDER = " ?"
+MARK = "\U000f1234"
+"""Stands for a content where it has to be found; no text holds it."""
 WORD = 1 << 64
 
 Context = str | list[dict[str, str]]
@@ -149,7 +151,7 @@ def classification(source: dict[str, Any], tables: list[Table], seed: int) -> li
             template = source["questions"][order[number % len(order)]]
             if "{label}" in template:
                 draws = Draws(seed, name, "label")
-                others = [other for other in labels if other != label]
+                others = [other for other in labels if not wordings(source, other) & wordings(source, label)]
                 answer, shown = ("Yes", label) if draws.below(2) == 0 else ("No", others[draws.below(len(others))])
                 question = template.replace("{label}", phrasing(source, seed, name, shown))
             else:
@@ -192,14 +194,20 @@ def label_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
+def wordings(source: dict[str, Any], label: str) -> set[str]:
+    """All texts that a label is shown as."""
+    found = source["labels"].get(label, label)
+    return {found} if isinstance(found, str) else set(found)
+
+
 def phrasing(source: dict[str, Any], seed: int, name: str, label: str) -> str:
-    """How a label is worded: as it stands, or one of its wordings."""
-    wordings = source["labels"].get(label, label) if source["labels"] else label
-    if isinstance(wordings, str):
-        return wordings
-    if len(wordings) == 1:
-        return wordings[0]
-    return wordings[Draws(seed, name, "phrasing").below(len(wordings))]
+    """How a label is worded: as it stands, or by one of its wordings."""
+    found = source["labels"].get(label, label)
+    if isinstance(found, str):
+        return found
+    if len(found) == 1:
+        return found[0]
+    return found[Draws(seed, name, "phrasing").below(len(found))]
 
 
 TURNS = {
@@ -398,11 +406,13 @@ class Reference:
         after = len(self.render(context[: message + 1], generation=False))
         if "start" not in read:
             return first, after
-        # The template strips the content; the spans count from its first character as the example has it.
+        # The spans count in the content as the example has it; templates may cut white space from it.
         content = context[message]["content"]
-        stripped = text.rindex(content.strip(), first, after)
-        start = stripped - (len(content) - len(content.lstrip()))
-        return max(start + read["start"], stripped), min(start + read["end"], stripped + len(content.strip()))
+        marked = [*context[:message], context[message] | {"content": MARK}]
+        place = self.render(marked, generation=False).index(MARK)
+        shown = next(form for form in (content, content.lstrip("\n"), content.strip()) if text.startswith(form, place))
+        start = place - content.index(shown)
+        return max(start + read["start"], place), min(start + read["end"], place + len(shown))
 
     # What an example draws
 
@@ -420,11 +430,15 @@ class Reference:
         return readable[max(end - length, 0) : end]
 
     def lens(
-        self, source: dict[str, Any], example: Example, framed: Framed, draws: Draws
+        self, settings: Settings, source: dict[str, Any], example: Example, framed: Framed
     ) -> tuple[list[int], str, str]:
         """The tokens read by an example of context prediction, its question and its answer."""
-        lead = int(framed.ids[:1] == [self.tokenizer.bos_token_id])
-        available = range(lead, min(len(framed.ids), source["max_context_tokens"]))
+        draws = Draws(settings.seed, example.id, "lens")
+        if source["within"] == "assistant":
+            first, end = self.assistant_turn(example.context, framed, draws)
+        else:
+            first, end = int(framed.ids[:1] == [self.tokenizer.bos_token_id]), len(framed.ids)
+        available = range(first, min(end, source["max_context_tokens"], settings.max_context_tokens))
         single = draws.unit() < source["single_share"]
         is_next = source["direction"] == "next" or (source["direction"] == "both" and draws.below(2) == 0)
         least_read, most_read = (1, 1) if single else source["window"]
@@ -450,6 +464,17 @@ class Reference:
             question = f"Can you predict the previous {num_answer} {tokens} that came before this?"
         return list(read), question, answer
 
+    def assistant_turn(self, context: Context, framed: Framed, draws: Draws) -> tuple[int, int]:
+        """The first and the end of the tokens of one of the assistant's contents."""
+        turns = [] if isinstance(context, str) else context
+        said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
+        if not said:
+            raise Dropped("no_assistant_turn")
+        message = said[draws.between(0, len(said) - 1)]
+        read = {"message": message, "start": 0, "end": len(turns[message]["content"])}
+        tokens = self.overlapping(context, [read], framed)
+        return tokens[0], tokens[-1] + 1
+
     # The whole
 
     def build(self, settings: Settings, source: dict[str, Any], example: Example) -> list[Datapoint]:
@@ -463,8 +488,7 @@ class Reference:
         framed = self.context(example.context)
         question, answer = example.question, example.answer
         if source["kind"] == "context_prediction":
-            draws = Draws(settings.seed, example.id, "lens")
-            read, question, answer = self.lens(source, example, framed, draws)
+            read, question, answer = self.lens(settings, source, example, framed)
         else:
             readable = self.overlapping(example.context, example.read, framed)
             draws = Draws(settings.seed, example.id, "read")
@@ -531,11 +555,12 @@ def unanswerable(settings: Settings, source: dict[str, Any], example: Example, s
     draws = Draws(settings.seed, example.id, "unanswerable")
     if draws.unit() >= rule["share"]:
         return example
-    units = list({other.unit: other for other in shard}.values())
+    units = list({other.unit: other for other in shard if other.dropped is None}.values())
     for _ in range(8):
         other = units[draws.below(len(units))]
         if other.label != example.label if example.label is not None else other.context != example.context:
-            return replace(example, context=other.context, read=other.read, answer=rule["answer"])
+            reads = {"context": other.context, "read": other.read, "positions": other.positions}
+            return replace(example, answer=rule["answer"], **reads)
     return example
 
 

@@ -143,6 +143,8 @@ fn turns_have_their_markup() {
     assert_eq!(turn(2), "<|turn>model\na a<turn|>\n");
     let onwards = covered(&framer, &context, &[read(Some(1), None, true)]).concat();
     assert_eq!(onwards, "<|turn>user\nu u<turn|>\n<|turn>model\na a<turn|>\n");
+    let open = framer.context(&messages(&[("user", "u u")])).unwrap();
+    assert_eq!(covered(&framer, &open, &[read(Some(0), None, false)]).concat(), "<|turn>user\nu u<turn|>\n");
 }
 
 #[test]

@@ -91,7 +91,7 @@ impl Located {
         false
     }
 
-    /// The bytes of turn `number`, from its header to the next turn's.
+    /// The bytes of turn `number`, from its header to the next turn's, which may be the generation prompt.
     ///
     /// # Errors
     /// If the template rewrites earlier turns, so that a turn has no place of its own.
@@ -106,7 +106,8 @@ impl Located {
         Ok(ByteSpan {
             start: self.turn_start(template, messages, number, bos)?,
             end: if number + 1 == messages.len() {
-                text.len()
+                let footer = self.footer_by_prefix(template, messages, number + 1);
+                footer.map_or(text.len(), |footer| self.contents[number].end + footer)
             } else {
                 self.turn_start(template, messages, number + 1, bos)?
             },
