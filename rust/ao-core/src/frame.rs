@@ -14,7 +14,7 @@ use crate::manifest::{canonical_json, sha256_hex};
 use crate::span::{ByteSpan, CharIndex, CharSpan, overlapping};
 use crate::template::Template;
 use crate::tokenize::Tokenizer;
-use crate::turns::{PromptShape, end_of_turn, generation, token_of, user};
+use crate::turns::{PromptShape, end_of_turn, generation, token_of};
 
 /// Turns contexts, questions and answers into token ids for one tokenizer and one chat template.
 pub struct Framer {
@@ -37,6 +37,8 @@ pub struct FramedContext {
     pub ids: Vec<i32>,
     /// How many bytes of `text` stand before a raw string.
     lead: usize,
+    /// Where the contents of messages stand, where that is known without a search.
+    located: Option<Located>,
     source: Context,
 }
 
@@ -145,13 +147,15 @@ impl Framer {
     /// # Errors
     /// If the context is empty or the template refuses it.
     pub fn context(&self, context: &Context) -> Result<FramedContext> {
+        let mut located = None;
         let (text, ids, lead) = match context {
             Context::Text(raw) => self.raw_context(raw)?,
             Context::Messages(messages) => {
                 if messages.is_empty() {
                     return Err(Error::input("the context is an empty list of messages"));
                 }
-                let text = self.template.render(messages, generation(messages))?;
+                let text;
+                (text, located) = self.template.join(messages, generation(messages))?;
                 let ids = self.tokenizer.encode(&text)?;
                 (text, ids, 0)
             }
@@ -159,7 +163,7 @@ impl Framer {
         if ids.is_empty() {
             return Err(Error::input("the context has no token"));
         }
-        Ok(FramedContext { text, ids, lead, source: context.clone() })
+        Ok(FramedContext { text, ids, lead, located, source: context.clone() })
     }
 
     fn raw_context(&self, raw: &str) -> Result<(String, Vec<i32>, usize)> {
@@ -203,7 +207,7 @@ impl Framer {
         };
         let wanted = match &context.source {
             Context::Text(raw) => raw_spans(raw, read, context.lead)?,
-            Context::Messages(messages) => self.message_spans(messages, read, &context.text)?,
+            Context::Messages(messages) => self.message_spans(messages, read, context)?,
         };
         let tokens = self.token_spans(context)?;
         let mut chosen = vec![false; tokens.len()];
@@ -218,8 +222,16 @@ impl Framer {
         Ok(readable)
     }
 
-    fn message_spans(&self, messages: &[Message], read: &[Read], text: &str) -> Result<Vec<ByteSpan>> {
-        let located = Located::new(&self.template, messages, generation(messages), text)?;
+    fn message_spans(&self, messages: &[Message], read: &[Read], context: &FramedContext) -> Result<Vec<ByteSpan>> {
+        let text = &context.text;
+        let found;
+        let located = match &context.located {
+            Some(located) => located,
+            None => {
+                found = Located::new(&self.template, messages, generation(messages), text)?;
+                &found
+            }
+        };
         let bos = self.bos.as_ref().map_or("", |(bos, _)| bos.as_str());
         read.iter()
             .map(|read| {
@@ -266,21 +278,10 @@ impl Framer {
             content.push_str(" \n");
         }
         content.push_str(question);
-        let text = self.user_turn(&content)?;
+        let text = self.shape.turn(&self.template, &content)?;
         let ids = self.tokenizer.encode(&text)?;
         let placeholders = self.placeholders(&text, &ids, &runs, num_positions)?;
         Ok(FramedPrompt { text, ids, placeholders })
-    }
-
-    /// `content` as a user's turn. What could be markup to the template is rendered, to see what it does with it.
-    fn user_turn(&self, content: &str) -> Result<String> {
-        let text = self.shape.around(content);
-        if content.contains(['<', '[', '{', '|']) && self.template.render(&[user(content)], true)? != text {
-            return Err(Error::template(
-                "a question changes what the template puts around it, so its placeholders cannot be found; reword it",
-            ));
-        }
-        Ok(text)
     }
 
     /// The indices of the placeholder runs that begin at the bytes `runs` of the turn's content.
@@ -313,7 +314,7 @@ impl Framer {
     /// The id that the placeholder has in a prompt.
     fn find_placeholder(&self) -> Result<i32> {
         let content = format!("Layer: 0\n{} \nx", self.placeholder);
-        let text = self.shape.around(&content);
+        let text = self.shape.turn(&self.template, &content)?;
         let ids = self.tokenizer.encode(&text)?;
         let start = self.shape.before.len() + "Layer: 0\n".len();
         let expected = ByteSpan { start, end: start + self.placeholder.len() };

@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+mod affine;
 mod align;
 mod build;
 pub mod datapoint;

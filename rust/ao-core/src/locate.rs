@@ -4,27 +4,136 @@
 //! private-use mark in place of each content; the pieces between the marks, joined with the real contents (or with
 //! their white space cut, as many templates do), must spell the real rendering, else nothing is told.
 
+use std::sync::{Arc, OnceLock};
+
+use crate::affine::QUOTED_MARK;
 use crate::error::{Error, Result};
 use crate::example::Message;
 use crate::span::ByteSpan;
 use crate::template::{Template, is_python_space};
 
-/// The rendered text of a conversation and what stands where in it.
+/// What stands where in the rendered text of a conversation.
 #[derive(Debug)]
 pub struct Located {
     /// Each message's content as rendered, its white space cut where the template cuts it.
     pub contents: Vec<ByteSpan>,
     /// For each content, how many bytes the template cut from its start.
     pub cut: Vec<usize>,
-    /// The pieces between the contents, one more than there are contents.
-    pieces: Vec<String>,
+    skeleton: Arc<Skeleton>,
 }
+
+/// What a template makes of a sequence of roles, whatever the contents.
+#[derive(Debug)]
+pub(crate) struct Skeleton {
+    /// The pieces between the contents, one more than there are contents.
+    pub(crate) pieces: Vec<String>,
+    /// What is cut from the start and the end of each content, where that is known for every inert one.
+    pub(crate) cuts: Option<Vec<[Cut; 2]>>,
+    /// For each turn but the first the length of the footer before it, once it was asked for.
+    footers: Vec<OnceLock<Option<usize>>>,
+}
+
+/// What a template cuts from one side of a content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cut {
+    Nothing,
+    LineEnds,
+    Space,
+}
+
+impl Cut {
+    fn takes(self, character: char) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::LineEnds => character == '\n',
+            Self::Space => is_python_space(character),
+        }
+    }
+
+    pub(crate) fn start(self, content: &str) -> &str {
+        content.trim_start_matches(|character| self.takes(character))
+    }
+
+    pub(crate) fn end(self, content: &str) -> &str {
+        content.trim_end_matches(|character| self.takes(character))
+    }
+}
+
+impl Skeleton {
+    /// Render `messages` with marks for contents. `affine`: all inert contents take the same way as the marks.
+    pub(crate) fn new(template: &Template, messages: &[Message], generation: bool, affine: bool) -> Result<Self> {
+        let count = messages.len();
+        let pieces = split_at_marks(&template.render(&marked(messages), generation)?, count)
+            .ok_or_else(|| refused("shows a message not at all, twice or out of order"))?;
+        let quotes = pieces.iter().any(|piece| piece.contains(QUOTED_MARK));
+        let cuts = if affine && !quotes { cuts(template, messages, generation, &pieces) } else { None };
+        Ok(Self { pieces, cuts, footers: (0..count).map(|_| OnceLock::new()).collect() })
+    }
+
+    /// The rendering of inert contents, and where they stand in it.
+    pub(crate) fn fill(self: &Arc<Self>, messages: &[Message]) -> Option<(String, Located)> {
+        let cuts = self.cuts.as_deref()?;
+        let length = |parts: &mut dyn Iterator<Item = usize>| parts.sum::<usize>();
+        let most = length(&mut self.pieces.iter().map(String::len))
+            + length(&mut messages.iter().map(|message| message.content.len()));
+        let mut text = String::with_capacity(most);
+        let (mut contents, mut cut) = (Vec::with_capacity(messages.len()), Vec::with_capacity(messages.len()));
+        for ((message, piece), &[before, behind]) in messages.iter().zip(&self.pieces).zip(cuts) {
+            text.push_str(piece);
+            let kept = before.start(&message.content);
+            let start = text.len();
+            text.push_str(behind.end(kept));
+            contents.push(ByteSpan { start, end: text.len() });
+            cut.push(message.content.len() - kept.len());
+        }
+        text.push_str(self.pieces.last()?);
+        Some((text, Located { contents, cut, skeleton: Arc::clone(self) }))
+    }
+}
+
+/// What is cut from each content, told by marks with white space on one side at a time.
+fn cuts(template: &Template, messages: &[Message], generation: bool, pieces: &[String]) -> Option<Vec<[Cut; 2]>> {
+    let shown = |before: &str, behind: &str| {
+        let mut messages = marked(messages);
+        for message in &mut messages {
+            message.content = [before, &message.content, behind].concat();
+        }
+        split_at_marks(&template.render(&messages, generation).ok()?, messages.len())
+    };
+    let cut = |kept_line_end: bool, kept_space: bool| match (kept_line_end, kept_space) {
+        (true, true) => Some(Cut::Nothing),
+        (false, true) => Some(Cut::LineEnds),
+        (false, false) => Some(Cut::Space),
+        (true, false) => None,
+    };
+    let [line_end_before, space_before, line_end_behind, space_behind] =
+        [("\n", ""), (" ", ""), ("", "\n"), ("", " ")].map(|(before, behind)| shown(before, behind));
+    let (line_end_before, space_before) = (line_end_before?, space_before?);
+    let (line_end_behind, space_behind) = (line_end_behind?, space_behind?);
+    (0..messages.len())
+        .map(|at| {
+            let before = [(&line_end_before, "\n"), (&space_before, " ")]
+                .map(|(shown, space)| whether(&shown[at], &pieces[at], &[&pieces[at], space].concat()));
+            let behind = [(&line_end_behind, "\n"), (&space_behind, " ")]
+                .map(|(shown, space)| whether(&shown[at + 1], &pieces[at + 1], &[space, &pieces[at + 1]].concat()));
+            Some([cut(before[0]?, before[1]?)?, cut(behind[0]?, behind[1]?)?])
+        })
+        .collect()
+}
+
+/// Whether `shown` is `kept` (and not `cut`); `None` if it is neither.
+fn whether(shown: &str, cut: &str, kept: &str) -> Option<bool> {
+    if shown == kept { Some(true) } else { (shown == cut).then_some(false) }
+}
+
+/// What every mark begins with.
+pub(crate) const MARK: char = '\u{ff6fe}';
 
 /// A mark that no text holds: the number of a message in private-use characters, fenced so that none contains another.
 pub(crate) fn mark(number: usize) -> String {
     let digits = number.to_string();
     let digits = digits.bytes().map(|digit| char::from_u32(0xF_F700 + u32::from(digit)).expect("private use"));
-    std::iter::once('\u{ff6fe}').chain(digits).chain(std::iter::once('\u{ff6ff}')).collect()
+    std::iter::once(MARK).chain(digits).chain(std::iter::once('\u{ff6ff}')).collect()
 }
 
 /// The same conversation with a mark for each content.
@@ -46,7 +155,7 @@ pub(crate) fn split_at_marks(text: &str, count: usize) -> Option<Vec<String>> {
         rest = after;
     }
     pieces.push(rest.to_owned());
-    (!pieces.iter().any(|piece| piece.contains('\u{ff6fe}'))).then_some(pieces)
+    (!pieces.iter().any(|piece| piece.contains(MARK))).then_some(pieces)
 }
 
 impl Located {
@@ -55,13 +164,11 @@ impl Located {
     /// # Errors
     /// If the template does more with a content than to show it with its white space cut.
     pub fn new(template: &Template, messages: &[Message], generation: bool, text: &str) -> Result<Self> {
-        let skeleton = template.render(&marked(messages), generation)?;
-        let pieces = split_at_marks(&skeleton, messages.len())
-            .ok_or_else(|| refused("shows a message not at all, twice or out of order"))?;
-        let mut located =
-            Self { contents: Vec::with_capacity(messages.len()), cut: Vec::with_capacity(messages.len()), pieces };
-        let start = located.pieces[0].len();
-        if !text.starts_with(&located.pieces[0]) || !located.place(messages, text, start) {
+        let skeleton = template.skeleton(messages, generation)?;
+        let count = messages.len();
+        let mut located = Self { contents: Vec::with_capacity(count), cut: Vec::with_capacity(count), skeleton };
+        let start = located.skeleton.pieces[0].len();
+        if !text.starts_with(&located.skeleton.pieces[0]) || !located.place(messages, text, start) {
             return Err(refused("changes a content by more than its outer white space, or its markup by a content"));
         }
         Ok(located)
@@ -75,7 +182,7 @@ impl Located {
         };
         for shown in forms(&message.content) {
             let end = at + shown.len();
-            let piece = &self.pieces[number + 1];
+            let piece = &self.skeleton.pieces[number + 1];
             if !text[at..].starts_with(shown) || !text[end..].starts_with(piece.as_str()) {
                 continue;
             }
@@ -114,7 +221,7 @@ impl Located {
         })
     }
 
-    /// Where the header of turn `number` begins.
+    /// Where the header of turn `number` begins. `bos` is the same in every call for one template.
     pub(crate) fn turn_start(
         &self,
         template: &Template,
@@ -123,12 +230,14 @@ impl Located {
         bos: &str,
     ) -> Result<usize> {
         if number == 0 {
-            return Ok(if self.pieces[0].starts_with(bos) { bos.len() } else { 0 });
+            return Ok(if self.skeleton.pieces[0].starts_with(bos) { bos.len() } else { 0 });
         }
-        let before = &self.pieces[number];
-        let footer = self
-            .footer_by_prefix(template, messages, number)
-            .or_else(|| self.footer_by_suffix(template, messages, number, bos))
+        let before = &self.skeleton.pieces[number];
+        let footer = self.skeleton.footers[number]
+            .get_or_init(|| {
+                self.footer_by_prefix(template, messages, number)
+                    .or_else(|| self.footer_by_suffix(template, messages, number, bos))
+            })
             .ok_or_else(|| refused("does not render its turns one behind the other; give \"start\" and \"end\""))?;
         debug_assert!(footer <= before.len());
         Ok(self.contents[number - 1].end + footer)
@@ -139,8 +248,8 @@ impl Located {
         let alone = template.render(&marked(&messages[..number]), false).ok()?;
         let pieces = split_at_marks(&alone, number)?;
         let footer = pieces.last()?;
-        (pieces[..number] == self.pieces[..number] && self.pieces[number].starts_with(footer.as_str()))
-            .then_some(footer.len())
+        let own = &self.skeleton.pieces;
+        (pieces[..number] == own[..number] && own[number].starts_with(footer.as_str())).then_some(footer.len())
     }
 
     /// The same, from the conversation that begins with that turn: its header must end the piece. For templates that
@@ -149,7 +258,7 @@ impl Located {
         let alone = template.render(&marked(&messages[number..]), false).ok()?;
         let pieces = split_at_marks(&alone, messages.len() - number)?;
         let header = pieces[0].strip_prefix(bos).unwrap_or(&pieces[0]);
-        let piece = &self.pieces[number];
+        let piece = &self.skeleton.pieces[number];
         (!header.is_empty() && piece.ends_with(header)).then(|| piece.len() - header.len())
     }
 }

@@ -4,38 +4,52 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::example::Message;
-use crate::locate::{mark, split_at_marks};
-use crate::template::{Template, is_python_space};
+use crate::locate::{Cut, mark, split_at_marks};
+use crate::template::Template;
 use crate::tokenize::Tokenizer;
 
-/// What the chat template puts around a user's turn, and whether it cuts white space from it.
+/// What the chat template puts around a user's turn, and what it cuts from it.
 #[derive(Debug)]
 pub(crate) struct PromptShape {
     /// The text before the turn's content.
     pub(crate) before: String,
     after: String,
-    cuts_end: bool,
+    cut: Cut,
+    /// Whether this is known of every turn that the template takes for inert.
+    affine: bool,
 }
 
 impl PromptShape {
     /// Split the template around a user's turn, and check the split on a turn with outer white space.
     pub(crate) fn new(template: &Template) -> Result<Self> {
-        let pieces = split_at_marks(&template.render(&[user(&mark(0))], true)?, 1);
-        let Some([before, after]) = pieces.and_then(|pieces| <[String; 2]>::try_from(pieces).ok()) else {
-            return Err(Error::template("it does not show a user's turn exactly once"));
-        };
+        let once = || Error::template("it does not show a user's turn exactly once");
+        template.render(&[user("x")], true)?;
+        let skeleton = template.skeleton(&[user("x")], true).map_err(|_| once())?;
+        let affine = skeleton.cuts.is_some();
+        let [before, after] = &skeleton.pieces[..] else { return Err(once()) };
         let odd = "Layer: 0\n ? \n  two  words\t\n ";
         let rendered = template.render(&[user(odd)], true)?;
-        [false, true]
+        [Cut::Nothing, Cut::LineEnds, Cut::Space]
             .into_iter()
-            .map(|cuts_end| Self { before: before.clone(), after: after.clone(), cuts_end })
+            .map(|cut| Self { before: before.clone(), after: after.clone(), cut, affine })
             .find(|shape| shape.around(odd) == rendered)
             .ok_or_else(|| Error::template("it changes a user's turn by more than its outer white space"))
     }
 
-    pub(crate) fn around(&self, content: &str) -> String {
-        let shown = if self.cuts_end { content.trim_end_matches(is_python_space) } else { content };
-        [&self.before, shown, &self.after].concat()
+    /// `content`, which begins with no white space, as a user's turn with the generation prompt. Where the template could
+    /// do more with it, it is rendered, to see.
+    pub(crate) fn turn(&self, template: &Template, content: &str) -> Result<String> {
+        let text = self.around(content);
+        if !(self.affine && template.inert(content)) && template.render(&[user(content)], true)? != text {
+            return Err(Error::template(
+                "a question changes what the template puts around it, so its placeholders cannot be found; reword it",
+            ));
+        }
+        Ok(text)
+    }
+
+    fn around(&self, content: &str) -> String {
+        [&self.before, self.cut.end(content), &self.after].concat()
     }
 }
 
