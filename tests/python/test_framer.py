@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -189,13 +190,27 @@ def test_ids_text_and_offsets_are_those_of_tokenizers(name: str) -> None:
 
 CONTENTS = [
     "plain", "  outer space \n", "\n\nlines\n\n", "caf\u00e9 \U0001f600", "{{ x }} {% if y %}", "<think>\nno\n</think>\n\nyes",
+    "none", "a</think>b", "<think>half", "<tool_response>x</tool_response>", "[INST] hi [/INST]", "<|channel>t<channel|>u", " ",
     "\x1cseparator\x1f", "<|turn>user\nhi<turn|>", "back\\slash 'quotes' \"double\" <b>&amp;</b>", "\u00a0hard\u3000",
 ]  # fmt: skip
 
 
-def conversations() -> list[list[dict[str, str]]]:
-    """Every odd content in every role, each conversation well formed for the strictest template."""
-    shapes = [["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]]
+SHAPES = [
+    ["user"],
+    ["system", "user"],
+    ["user", "assistant"],
+    ["user", "assistant", "user"],
+    ["system", "user", "assistant", "user"],
+    ["user", "assistant", "user", "assistant"],
+    ["system", "user", "assistant"],
+    ["assistant", "user"],
+    ["user", "user"],
+    ["user", "developer"],
+]
+
+
+def conversations(shapes: list[list[str]] = SHAPES[:2] + SHAPES[2:5:2]) -> list[list[dict[str, str]]]:
+    """Every odd content in every role of each shape."""
     made = []
     for shape in shapes:
         for shift in range(len(CONTENTS)):
@@ -204,16 +219,20 @@ def conversations() -> list[list[dict[str, str]]]:
     return made
 
 
-def in_transformers(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str]) -> str:
-    """As `apply_chat_template` renders, but with the framer's date."""
+def in_transformers(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str]) -> str | None:
+    """As `apply_chat_template` renders, but with the framer's date; `None` where the template refuses."""
     fixed = template.replace('strftime_now("%d %b %Y")', "'01 Jan 2025'")
-    rendered, _ = render_jinja_template(
-        conversations=[messages],
-        chat_template=fixed,
-        add_generation_prompt=messages[-1]["role"] != "assistant",
-        enable_thinking=False,
-        **special_tokens,
-    )
+    fixed = fixed.replace('strftime_now("%Y-%m-%d")', "'2025-01-01'")
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=fixed,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+            enable_thinking=False,
+            **special_tokens,
+        )
+    except TemplateError:
+        return None
     return rendered[0]
 
 
@@ -223,10 +242,17 @@ def test_text_is_that_of_apply_chat_template(name: str) -> None:
     template = TEMPLATES[name]
     tokenizer = gemma(words=True)
     framer = framer_of(tokenizer, template, **special_tokens)
-    for messages in conversations():
+    refused = 0
+    for messages in conversations(SHAPES):
         expected = in_transformers(template, messages, special_tokens)
-        assert framer.context(json.dumps(messages)).text == expected, messages
-    assert framer.uses_date == (name == "llama_3")
+        if expected is None:
+            refused += 1
+            with pytest.raises(AoError, match="chat template"):
+                framer.context(json.dumps(messages))
+        else:
+            assert framer.context(json.dumps(messages)).text == expected, messages
+    assert refused <= len(SHAPES) * len(CONTENTS) // 2, "a template that refuses nearly everything tests nothing"
+    assert framer.uses_date == (name in {"llama_3", "llama_3_1", "mistral_small"})
     prompt = framer.prompt([12], 2, "Is it? ")
     asked = [{"role": "user", "content": "Layer: 12\n ? ? \nIs it? "}]
     assert prompt.text == in_transformers(template, asked, special_tokens)
@@ -237,7 +263,8 @@ def refuses(name: str, messages: list[dict[str, str]]) -> bool:
     roles = [message["role"] for message in messages]
     thought = any(m["role"] == "assistant" and "</think>" in m["content"] for m in messages)
     # Mistral's shows the system's message in the last user's turn.
-    return (name == "qwen_3" and thought) or (name == "mistral" and roles[0] == "system" and len(roles) > 2)
+    told = name == "gemma_4" and any(m["role"] == "assistant" and "<|channel>" in m["content"] for m in messages)
+    return (name == "qwen_3" and thought) or told or (name == "mistral" and roles[0] == "system" and len(roles) > 2)
 
 
 @pytest.mark.parametrize("name", ["gemma_4", "qwen_3", "llama_3", "chatml", "mistral"])
@@ -249,6 +276,8 @@ def test_read_spans_cut_out_the_contents(name: str) -> None:
         spans = context.token_spans.tolist()
         for number, message in enumerate(messages):
             content = message["content"]
+            if not content.strip():
+                continue  # Nothing to find.
             read = json.dumps([{"message": number, "start": 0, "end": len(content)}])
             if refuses(name, messages):
                 with pytest.raises(AoError, match='leave "read" out'):

@@ -184,7 +184,8 @@ fn wrong_spans_are_refused() {
         (&chat, read(Some(1), None, false), "names message 1, but there are 1"),
         (&chat, read(Some(0), Some((0, 9)), false), "outside message 0"),
         (&chat, Read { message: Some(0), start: Some(0), end: None, onwards: false }, "or neither"),
-        (&chat, read(Some(0), Some((1, 1)), false), "selects no token"),
+        (&chat, read(Some(0), Some((1, 1)), false), "from 1 to 1 of message 0 is empty"),
+        (&text, read(None, Some((0, 0)), false), "from 0 to 0 of the context is empty"),
     ];
     for (context, read, what) in cases {
         let error = framer.readable(context, Some(&[read])).unwrap_err().to_string();
@@ -195,7 +196,13 @@ fn wrong_spans_are_refused() {
 #[test]
 fn empty_contexts_are_refused() {
     let framer = common::gemma();
-    for context in [Context::Text(String::new()), Context::Messages(Vec::new())] {
+    let contexts = [
+        Context::Text(String::new()),
+        Context::Messages(Vec::new()),
+        messages(&[("system", "s"), ("user", "")]),
+        messages(&[("user", "u"), ("assistant", "")]),
+    ];
+    for context in contexts {
         let error = framer.context(&context).unwrap_err().to_string();
         assert!(error.contains("empty"), "{error}");
     }

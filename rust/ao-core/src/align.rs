@@ -4,7 +4,7 @@
 //! normalized text byte for byte, and each byte of it is traced back to the original. Anything that does not fit is an
 //! error, never a guess. A token that covers part of a character gets the whole character, as Python's offsets do.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, SPACE};
 use crate::error::{Error, Result};
 use crate::span::ByteSpan;
 use crate::tokenize::Tokenizer;
@@ -98,6 +98,9 @@ impl Walk<'_> {
             return Ok(());
         }
         let engine = &self.tokenizer.engine;
+        if engine.only_marks_spaces() && !chunk.contains(SPACE) {
+            return self.marked_tokens(chunk, base);
+        }
         let normalized = engine.normalize(chunk, base)?;
         let origin = if normalized == chunk { Origin::Same(chunk) } else { self.origin(chunk, &normalized, base)? };
         let mut traced = Traced { normalized: &normalized, origin, base };
@@ -110,6 +113,22 @@ impl Walk<'_> {
                 self.added(id, traced.original(start, end))?;
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Place the tokens of `chunk`, in which nothing but spaces is written otherwise in the tokens, as U+2581.
+    fn marked_tokens(&mut self, chunk: &str, base: usize) -> Result<()> {
+        let mut at = 0;
+        while at < chunk.len() && !self.done() {
+            let Some(&id) = self.ids.get(self.spans.len()) else {
+                return Err(self.mismatch("the tokens end before the text"));
+            };
+            let Some(length) = self.tokenizer.surfaces.marked_length_at(id, chunk, at) else {
+                return Err(self.mismatch(&format!("it does not continue {:?}", &chunk[..at_boundary(chunk, at)])));
+            };
+            self.spans.push(whole_characters(chunk, at, at + length).shifted(base));
+            at += length;
         }
         Ok(())
     }
@@ -207,7 +226,10 @@ impl Walk<'_> {
 }
 
 fn at_boundary(text: &str, at: usize) -> usize {
-    (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
+    if text.is_char_boundary(at) {
+        return at;
+    }
+    (0..at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
 
 /// How many bytes two texts have in common at their start, whole characters.
@@ -269,6 +291,9 @@ impl Origin<'_> {
 
 /// The characters of which `start..end` covers any byte.
 fn whole_characters(text: &str, start: usize, end: usize) -> ByteSpan {
+    if text.is_char_boundary(start) && text.is_char_boundary(end) {
+        return ByteSpan { start, end };
+    }
     let end = (end..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
     ByteSpan { start: at_boundary(text, start), end }
 }

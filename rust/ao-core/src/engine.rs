@@ -9,7 +9,8 @@
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
-use serde_json::Value;
+use memchr::memmem;
+use serde_json::{Value, json};
 
 use tokenizers::SplitDelimiterBehavior;
 use tokenizers::pipeline::{
@@ -33,17 +34,31 @@ enum Splitter {
     /// The pipeline's own, with its regexes.
     Regex(PipelinePreTokenizer),
     /// Before each run of U+2581 that does not follow one of these characters.
-    Words(HashSet<char>),
+    Words(Bound),
+}
+
+/// The characters behind which a text is not cut.
+struct Bound {
+    ascii: [bool; 128],
+    others: HashSet<char>,
+}
+
+impl Bound {
+    fn holds(&self, character: char) -> bool {
+        self.ascii.get(character as usize).copied().unwrap_or_else(|| self.others.contains(&character))
+    }
 }
 
 /// What a space becomes where words are not split off.
-const SPACE: char = '\u{2581}';
+pub(crate) const SPACE: char = '\u{2581}';
 
 /// A tokenizer that encodes and decodes.
 pub(crate) struct Engine {
     pipeline: PipelineTokenizer,
     /// What splits instead of the pipeline's own splitter.
     splitter: Option<Splitter>,
+    /// Whether the normalizer does nothing but write U+2581 for a space, and no added token is sought behind it.
+    only_marks_spaces: bool,
     /// Kept between calls, because the model's word cache lives here.
     pool: Mutex<Vec<Scratch>>,
 }
@@ -57,7 +72,17 @@ impl Engine {
             own if splits_nothing(own) => bound_before_space(&root["model"]).map(Splitter::Words),
             _ => None,
         };
-        Ok(Self { pipeline, splitter, pool: Mutex::new(Vec::new()) })
+        let only_marks_spaces = root["normalizer"]
+            == json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"})
+            && matches!(pipeline.get_normalizers(), [_])
+            && root["added_tokens"]
+                .as_array()
+                .is_none_or(|added| added.iter().all(|token| token["normalized"] == false));
+        Ok(Self { pipeline, splitter, only_marks_spaces, pool: Mutex::new(Vec::new()) })
+    }
+
+    pub(crate) fn only_marks_spaces(&self) -> bool {
+        self.only_marks_spaces
     }
 
     /// Append the ids of `text`, whose special tokens are found, to `out`.
@@ -198,7 +223,7 @@ fn splits_nothing(splitter: &PipelinePreTokenizer) -> bool {
 ///
 /// A merge makes an entry, so no merge joins another character with a U+2581 behind it: there the text can be cut and
 /// the pieces merged alone, with the same result.
-fn bound_before_space(model: &Value) -> Option<HashSet<char>> {
+fn bound_before_space(model: &Value) -> Option<Bound> {
     let absent = |key: &str| matches!(&model[key], Value::Null | Value::Bool(false));
     let plain = model["type"] == "BPE"
         && ["byte_level", "ignore_merges", "dropout"].into_iter().all(absent)
@@ -206,20 +231,28 @@ fn bound_before_space(model: &Value) -> Option<HashSet<char>> {
             .into_iter()
             .all(|key| model[key].as_str().is_none_or(str::is_empty));
     let vocabulary = model["vocab"].as_object().filter(|vocabulary| plain && vocabulary.contains_key("\u{2581}"))?;
-    let mut bound = HashSet::new();
+    let mut bound = Bound { ascii: [false; 128], others: HashSet::new() };
     for entry in vocabulary.keys() {
-        let before = entry.chars().zip(entry.chars().skip(1)).filter(|&(_, after)| after == SPACE);
-        bound.extend(before.map(|(before, _)| before).filter(|&before| before != SPACE));
+        let mut before = SPACE;
+        for character in entry.chars() {
+            if character == SPACE && before != SPACE {
+                match bound.ascii.get_mut(before as usize) {
+                    Some(held) => *held = true,
+                    None => drop(bound.others.insert(before)),
+                }
+            }
+            before = character;
+        }
     }
     Some(bound)
 }
 
 /// Cut before each run of U+2581, except behind a character of `bound`.
-fn words(text: &str, bound: &HashSet<char>, spans: &mut Vec<Span>) {
+fn words(text: &str, bound: &Bound, spans: &mut Vec<Span>) {
     let mut start = 0;
-    for (at, _) in text.match_indices(SPACE) {
+    for at in memmem::find_iter(text.as_bytes(), "\u{2581}") {
         let before = text[..at].chars().next_back();
-        if before.is_some_and(|before| before != SPACE && !bound.contains(&before)) {
+        if before.is_some_and(|before| before != SPACE && !bound.holds(before)) {
             spans.push(Span::new(start as u32, at as u32));
             start = at;
         }

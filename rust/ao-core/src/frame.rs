@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::example::{Context, Message, Read};
 use crate::locate::Located;
 use crate::manifest::{canonical_json, sha256_hex};
-use crate::span::{ByteSpan, CharIndex, CharSpan, overlapping};
+use crate::span::{ByteSpan, CharSpan, TokenSpan, char_bytes, overlapping};
 use crate::template::Template;
 use crate::tokenize::Tokenizer;
 use crate::turns::{PromptShape, end_of_turn, generation, token_of};
@@ -152,7 +152,14 @@ impl Framer {
             Context::Text(raw) => self.raw_context(raw)?,
             Context::Messages(messages) => {
                 if messages.is_empty() {
-                    return Err(Error::input("the context is an empty list of messages"));
+                    return Err(Error::input("the context is an empty list of messages; give at least one"));
+                }
+                if let Some(at) = messages.iter().position(|message| message.content.is_empty()) {
+                    return Err(Error::input(format!(
+                        "the content of message {at} of {} (role {:?}) is empty; give it text, or leave the message out",
+                        messages.len(),
+                        messages[at].role
+                    )));
                 }
                 let text;
                 (text, located) = self.template.join(messages, generation(messages))?;
@@ -168,7 +175,7 @@ impl Framer {
 
     fn raw_context(&self, raw: &str) -> Result<(String, Vec<i32>, usize)> {
         if raw.is_empty() {
-            return Err(Error::input("the context is an empty string"));
+            return Err(Error::input("the context is an empty string; give it text"));
         }
         let ids = self.tokenizer.encode(raw)?;
         Ok(match &self.bos {
@@ -189,12 +196,18 @@ impl Framer {
     /// # Errors
     /// If the tokenizer's work cannot be traced.
     pub fn token_spans(&self, context: &FramedContext) -> Result<Vec<ByteSpan>> {
-        let own = usize::from(context.lead > 0);
-        let mut spans: Vec<ByteSpan> =
-            (own == 1).then_some(ByteSpan { start: 0, end: context.lead }).into_iter().collect();
-        let rest = self.tokenizer.spans(&context.text[context.lead..], &context.ids[own..])?;
-        spans.extend(rest.into_iter().map(|span| span.shifted(context.lead)));
-        Ok(spans)
+        self.token_spans_until(context, context.text.len())
+    }
+
+    /// The spans of the tokens up to the first that begins at or after byte `stop`.
+    fn token_spans_until(&self, context: &FramedContext, stop: usize) -> Result<Vec<ByteSpan>> {
+        let lead = context.lead;
+        if lead == 0 {
+            return self.tokenizer.spans_until(&context.text, &context.ids, stop);
+        }
+        let rest = self.tokenizer.spans_until(&context.text[lead..], &context.ids[1..], stop.saturating_sub(lead))?;
+        let first = std::iter::once(ByteSpan { start: 0, end: lead });
+        Ok(first.chain(rest.into_iter().map(|span| span.shifted(lead))).collect())
     }
 
     /// The tokens of `context` that overlap `read`, in order; all of them if there is none.
@@ -209,15 +222,22 @@ impl Framer {
             Context::Text(raw) => raw_spans(raw, read, context.lead)?,
             Context::Messages(messages) => self.message_spans(messages, read, context)?,
         };
-        let tokens = self.token_spans(context)?;
-        let mut chosen = vec![false; tokens.len()];
-        for span in wanted {
-            let overlap = overlapping(&tokens, span);
-            chosen[overlap.start..overlap.end].fill(true);
+        // Nothing behind the last wanted byte matters.
+        let stop = wanted.iter().map(|span| span.end).max().unwrap_or(0);
+        let tokens = self.token_spans_until(context, stop)?;
+        let mut chosen: Vec<TokenSpan> = wanted.into_iter().map(|span| overlapping(&tokens, span)).collect();
+        chosen.sort_unstable_by_key(|tokens| tokens.start);
+        let mut readable = Vec::with_capacity(chosen.iter().map(|tokens| tokens.end - tokens.start).sum());
+        let mut next = 0;
+        for tokens in chosen {
+            readable.extend((tokens.start.max(next)..tokens.end).map(|at| at as i32));
+            next = next.max(tokens.end);
         }
-        let readable: Vec<i32> = (0..).zip(chosen).filter_map(|(at, chosen)| chosen.then_some(at)).collect();
         if readable.is_empty() {
-            return Err(Error::input("\"read\" selects no token; give spans that are not empty"));
+            return Err(Error::input(
+                "\"read\" selects no token: the template shows nothing of what it spans (it cuts outer white space); give \
+                 spans of shown text, or leave \"read\" out",
+            ));
         }
         Ok(readable)
     }
@@ -225,12 +245,11 @@ impl Framer {
     fn message_spans(&self, messages: &[Message], read: &[Read], context: &FramedContext) -> Result<Vec<ByteSpan>> {
         let text = &context.text;
         let found;
-        let located = match &context.located {
-            Some(located) => located,
-            None => {
-                found = Located::new(&self.template, messages, generation(messages), text)?;
-                &found
-            }
+        let located = if let Some(located) = &context.located {
+            located
+        } else {
+            found = Located::new(&self.template, messages, generation(messages), text)?;
+            &found
         };
         let bos = self.bos.as_ref().map_or("", |(bos, _)| bos.as_str());
         read.iter()
@@ -352,12 +371,17 @@ fn raw_spans(raw: &str, read: &[Read], lead: usize) -> Result<Vec<ByteSpan>> {
         .collect()
 }
 
+/// The bytes of the code points `start..end` of `text`, which are at least one.
 fn char_span(text: &str, start: usize, end: usize, whose: &str) -> Result<ByteSpan> {
-    let index = CharIndex::new(text);
-    index.to_bytes(CharSpan { start, end }).ok_or_else(|| {
+    if start == end {
+        return Err(Error::input(format!(
+            "\"read\" from {start} to {end} of {whose} is empty; \"end\" is one past the last code point that is read"
+        )));
+    }
+    char_bytes(text, CharSpan { start, end }).ok_or_else(|| {
         Error::input(format!(
-            "\"read\" from {start} to {end} is outside {whose}, which has {} code points",
-            index.num_chars()
+            "\"read\" from {start} to {end} is outside {whose}, which has {} code points; give 0 <= start < end <= {0}",
+            text.chars().count()
         ))
     })
 }

@@ -38,6 +38,22 @@ impl ByteSpan {
     }
 }
 
+/// The bytes of `span` in `text`, or `None` if it is reversed or ends outside the text. For many spans of one text there
+/// is [`CharIndex`].
+#[must_use]
+pub fn char_bytes(text: &str, span: CharSpan) -> Option<ByteSpan> {
+    if span.start > span.end {
+        return None;
+    }
+    if text.is_ascii() {
+        return (span.end <= text.len()).then_some(ByteSpan { start: span.start, end: span.end });
+    }
+    let mut starts = text.char_indices().map(|(at, _)| at).chain(std::iter::once(text.len()));
+    let start = starts.nth(span.start)?;
+    let end = if span.end == span.start { start } else { starts.nth(span.end - span.start - 1)? };
+    Some(ByteSpan { start, end })
+}
+
 /// Where each code point of one text begins, to convert many spans of it.
 #[derive(Debug)]
 pub struct CharIndex {

@@ -5,7 +5,8 @@
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
-use serde_json::Value;
+use memchr::memmem;
+use serde_json::{Value, json};
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -16,14 +17,20 @@ pub struct Tokenizer {
     pub(crate) engine: Engine,
     pub(crate) surfaces: Surfaces,
     pub(crate) probes: crate::align::Probes,
-    added: HashMap<String, Added>,
-    special: Vec<bool>,
+    added: HashMap<String, i32>,
+    /// By id, up to the last added token: whether it is one, and whether it is special.
+    roles: Vec<Role>,
+    /// Whether the decoder only writes a space for U+2581 and a byte for each byte token.
+    marks_spaces: bool,
     fingerprint: String,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Added {
-    id: i32,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Role {
+    #[default]
+    Entry,
+    Added,
+    Special,
 }
 
 impl Tokenizer {
@@ -42,22 +49,21 @@ impl Tokenizer {
         tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
         let engine = Engine::from_canonical_json(&root)?;
         let mut added = HashMap::new();
-        let mut special = Vec::new();
+        let mut roles = Vec::new();
         for token in root["added_tokens"].as_array().into_iter().flatten() {
             let (Some(content), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else {
                 continue;
             };
             let id = i32::try_from(id).map_err(Error::tokenizer)?;
-            added.insert(content.to_owned(), Added { id });
-            if token["special"].as_bool() == Some(true) {
-                let at = id as usize;
-                special.resize(special.len().max(at + 1), false);
-                special[at] = true;
-            }
+            added.insert(content.to_owned(), id);
+            let at = id as usize;
+            roles.resize(roles.len().max(at + 1), Role::Entry);
+            roles[at] = if token["special"].as_bool() == Some(true) { Role::Special } else { Role::Added };
         }
         let surfaces = Surfaces::new(&root["model"])?;
         let probes = crate::align::Probes::new(&engine)?;
-        Ok(Self { engine, surfaces, probes, added, special, fingerprint })
+        let marks_spaces = marks_spaces(&root["decoder"]);
+        Ok(Self { engine, surfaces, probes, added, roles, marks_spaces, fingerprint })
     }
 
     /// The sha256 of the file's content, whatever its layout; truncation and padding, which are not used, left out.
@@ -81,6 +87,12 @@ impl Tokenizer {
     /// # Errors
     /// If an id is negative or the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
+        if self.marks_spaces
+            && !ids.iter().any(|&id| self.is_added(id))
+            && let Some(text) = self.surfaces.marked_text(ids)
+        {
+            return Ok(text);
+        }
         let ids: Vec<u32> = ids
             .iter()
             .map(|&id| u32::try_from(id).map_err(|_| Error::input(format!("{id} is not a token id"))))
@@ -91,14 +103,31 @@ impl Tokenizer {
     /// The id of the added token that reads `content`.
     #[must_use]
     pub fn added_id(&self, content: &str) -> Option<i32> {
-        self.added.get(content).map(|added| added.id)
+        self.added.get(content).copied()
     }
 
     /// Whether `id` is an added token that is marked special.
     #[must_use]
     pub fn is_special(&self, id: i32) -> bool {
-        usize::try_from(id).is_ok_and(|at| self.special.get(at).copied().unwrap_or(false))
+        self.role(id) == Role::Special
     }
+
+    fn is_added(&self, id: i32) -> bool {
+        self.role(id) != Role::Entry
+    }
+
+    fn role(&self, id: i32) -> Role {
+        usize::try_from(id).ok().and_then(|at| self.roles.get(at).copied()).unwrap_or_default()
+    }
+}
+
+/// U+2581 in UTF-8.
+const SPACE_BYTES: &[u8] = "\u{2581}".as_bytes();
+
+/// Whether a decoder is the one that Gemma's tokenizers have.
+fn marks_spaces(decoder: &Value) -> bool {
+    let replace = json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "});
+    *decoder == json!({"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]})
 }
 
 /// The bytes of each vocabulary entry as they stand in normalized text.
@@ -157,6 +186,51 @@ impl Surfaces {
         let Some(&end) = self.ends.get(at) else { return &[] };
         let start = if at == 0 { 0 } else { self.ends[at - 1] };
         &self.bytes[start..end]
+    }
+
+    /// The same as [`Surfaces::length_at`], for a text with spaces where the entries have U+2581, and without that one.
+    pub(crate) fn marked_length_at(&self, id: i32, text: &str, at: usize) -> Option<usize> {
+        let rest = &text.as_bytes()[at..];
+        if self.fallback_ids.contains(&id) && self.fallback.get(&id) == rest.first() {
+            return Some(1);
+        }
+        if self.unknown == Some(id) {
+            return text.get(at..)?.chars().next().map(char::len_utf8);
+        }
+        let (mut surface, mut length) = (self.of(id), 0);
+        while !surface.is_empty() {
+            if let Some(behind) = surface.strip_prefix(SPACE_BYTES) {
+                if rest.get(length) != Some(&b' ') {
+                    return None;
+                }
+                (surface, length) = (behind, length + 1);
+                continue;
+            }
+            let plain = memmem::find(surface, SPACE_BYTES).unwrap_or(surface.len());
+            if !rest[length..].starts_with(&surface[..plain]) {
+                return None;
+            }
+            (surface, length) = (&surface[plain..], length + plain);
+        }
+        (length > 0).then_some(length)
+    }
+
+    /// The text of `ids` with spaces for U+2581, or `None` if there is more to one of them than its entry.
+    fn marked_text(&self, ids: &[i32]) -> Option<String> {
+        let mut text = Vec::with_capacity(ids.len() * 6);
+        for &id in ids {
+            let mut surface = self.of(id);
+            if surface.is_empty() || self.fallback_ids.contains(&id) && self.fallback.contains_key(&id) {
+                return None;
+            }
+            while let Some(at) = memmem::find(surface, SPACE_BYTES) {
+                text.extend_from_slice(&surface[..at]);
+                text.push(b' ');
+                surface = &surface[at + SPACE_BYTES.len()..];
+            }
+            text.extend_from_slice(surface);
+        }
+        String::from_utf8(text).ok()
     }
 
     /// How many bytes of `text` from byte `at` the token `id` spells, or `None` if it does not.
