@@ -271,6 +271,8 @@ def refuses(name: str, messages: list[dict[str, str]]) -> bool:
 def test_read_spans_cut_out_the_contents(name: str) -> None:
     framer = framer_of(gemma(words=True), TEMPLATES[name], bos_token="<bos>", eos_token="<eos>")
     for messages in conversations():
+        if name == "qwen_3" and any(message["content"].startswith("<tool_response>") for message in messages):
+            continue  # It takes such a user's turn for a tool's, and shows the next assistant's otherwise.
         context = framer.context(json.dumps(messages))
         encoded = context.text.encode()
         spans = context.token_spans.tolist()
