@@ -43,8 +43,9 @@ test: lint ## everything that CI checks
 	cargo test --quiet
 	$(BIN)/python -m pytest
 
-bench: install ## every benchmark
-	cargo bench --quiet
+bench: install ## every benchmark, one table at the end; QUICK=1: does it run?
+	cargo bench --quiet --bench '*' -- --noplot $(if $(QUICK),--quick)
+	$(BIN)/python benches/table.py $(if $(QUICK),--quick)
 
 clean: ## remove what was built, not what was trained
 	rm -rf $(VENV) target python/ao/_ao*.so
