@@ -11,7 +11,7 @@ use std::time::Duration;
 use ao_core::example::Context;
 use ao_core::frame::Framer;
 use ao_core::pack::{PackWriter, Run};
-use ao_core::plan::{PlanSettings, plan};
+use ao_core::plan::{Datapoints, PlanSettings, Reach, RowLimits, pack_rows, plan};
 use ao_core::rows::Table;
 use ao_core::sample::Draws;
 use ao_core::source::Source;
@@ -162,16 +162,55 @@ fn pack(criterion: &mut Criterion) {
     }
 }
 
+/// Lengths as examples have them: most around 75, one in thirty up to 512.
+fn example_lengths(count: usize) -> Vec<i32> {
+    let mut draws = Draws::new(7, "bench", "lengths");
+    let mut length = || {
+        if draws.unit() < 0.033 {
+            return draws.between(100, 512) as i32;
+        }
+        let bell = (0..12).map(|_| draws.unit()).sum::<f64>() - 6.0;
+        ((75.0 * (0.41 * bell).exp()).round() as i32).clamp(8, 512)
+    };
+    (0..count).map(|_| length()).collect()
+}
+
+fn rows(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("rows");
+    let lengths = example_lengths(1_000_000);
+    let tokens: usize = lengths.iter().map(|&length| length as usize).sum();
+    group.sample_size(20).throughput(Throughput::Elements(lengths.len() as u64));
+    for (name, reach, least) in [("all", Reach::All, 0.999), ("window", Reach::Next(4096), 0.996)] {
+        for budget in [2048, 4096, 8192, 16384] {
+            let pack = || pack_rows(black_box(&lengths), &[], RowLimits::of_tokens(budget), reach).expect("all fit");
+            let fill = tokens as f64 / (pack().len() * budget) as f64;
+            assert!(fill >= least, "{name} {budget}: {fill}");
+            group.bench_function(format!("{name}/{budget}"), |bench| bench.iter(pack));
+        }
+    }
+}
+
 fn order(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("plan");
-    let count = 100_000;
-    let lengths: Vec<i32> = (0..count).map(|at| 40 + at * 7919 % 300).collect();
-    let groups: Vec<i64> = (0..i64::from(count)).map(|at| at / 6).collect();
-    let settings = PlanSettings { examples_per_step: 16, window: 64, ranks: 4, seed: 0, epoch: 0 };
-    group.sample_size(20).throughput(Throughput::Elements(count as u64));
-    group.bench_function("datapoints", |bench| {
-        bench.iter(|| plan(black_box(&lengths), &lengths, &groups, settings).expect("the arguments are sound"));
-    });
+    let lengths = example_lengths(1_000_000);
+    let groups: Vec<i64> = (0..lengths.len() as i64).map(|at| at / 6).collect();
+    let contexts: Vec<i32> = groups.iter().map(|group| 40 + (group * 7919 % 300) as i32).collect();
+    let datapoints = Datapoints { lengths: &lengths, context_lengths: &contexts, groups: &groups };
+    group.sample_size(10).throughput(Throughput::Elements(lengths.len() as u64));
+    for (name, step, ranks) in [
+        ("examples/1", json!({"examples_per_step": 64}), 1),
+        ("examples/4", json!({"examples_per_step": 64}), 4),
+        ("tokens/4", json!({"tokens_per_step": 8 * 2048}), 4),
+    ] {
+        let mut settings = json!({"tokens_per_row": 2048, "window": 64, "ranks": ranks, "seed": 0, "epoch": 0});
+        settings.as_object_mut().expect("it is one").extend(step.as_object().expect("it is one").clone());
+        let settings = PlanSettings::from_json(&settings.to_string()).expect("the settings are sound");
+        let run = || plan(black_box(datapoints), &settings).expect("the datapoints are sound");
+        let made = run();
+        assert!(made.order.len() > 999_000, "{name}: {} datapoints", made.order.len());
+        assert!(made.sharing.alone > 5 * made.sharing.in_windows, "{name}: {:?}", made.sharing);
+        group.bench_function(name, |bench| bench.iter(run));
+    }
 }
 
 fn open(criterion: &mut Criterion) {
@@ -191,6 +230,6 @@ fn open(criterion: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(3));
-    targets = tokenize, frame, pack, order, open
+    targets = tokenize, frame, pack, rows, order, open
 }
 criterion_main!(benches);

@@ -195,34 +195,6 @@ def shard_metadata(path: str | PathLike[str]) -> str:
 def verify_shard(path: str | PathLike[str], sha256: str) -> None:
     """Raise AoError unless the content of the file has this sha256."""
 
-def plan(
-    lengths: Buffer,
-    context_lengths: Buffer,
-    groups: Buffer,
-    *,
-    examples_per_step: int,
-    window: int,
-    ranks: int,
-    seed: int,
-    epoch: int,
-) -> tuple[memoryview, memoryview]:
-    """Order one epoch into steps and divide each step among ranks.
-
-    Args:
-        lengths: int32 [N], tokens of each datapoint's input.
-        context_lengths: int32 [N], tokens of its context.
-        groups: int64 [N], equal where datapoints share a context.
-        examples_per_step: Datapoints of one optimizer step over all ranks, at least `ranks`.
-        window: Steps within which a group's datapoints fall.
-        ranks: Ranks that divide each step.
-        seed: Keys the shuffle.
-        epoch: Keys the shuffle too.
-
-    Returns:
-        order, int32 [steps * examples_per_step], and the rank of each of its entries, int32 of the same shape.
-        N modulo `examples_per_step` datapoints are left out.
-    """
-
 def write_atomic(path: str | PathLike[str], data: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one, also after a power cut."""
 
@@ -255,4 +227,22 @@ def pack_rows(
 
     Raises:
         AoError: A limit cannot be used, or (without `longer_alone`) an example exceeds a budget.
+    """
+
+def plan(lengths: Buffer, context_lengths: Buffer, groups: Buffer, settings_json: str) -> dict[str, Any]:
+    """Order one epoch into steps, divide each among ranks and lay out each rank's datapoints in rows.
+
+    Args:
+        lengths: int32 [N], tokens of each datapoint's input.
+        context_lengths: int32 [N], tokens of its context.
+        groups: int64 [N], equal where datapoints share a context.
+        settings_json: The fields of `ao.plan.PlanSettings`.
+
+    Returns:
+        Buffers "order" int32 [n], "row_offsets" int64 [R + 1], "row_ranks" int32 [R], "step_offsets" int64 [S + 1] (in
+        rows), and context tokens: "alone" (summed over the datapoints), "in_ranks" (run if shared within a window and
+        rank), "in_windows", "at_all".
+
+    Raises:
+        AoError: A setting cannot be used, or a datapoint exceeds a row and may not stand alone.
     """

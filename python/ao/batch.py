@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ao import _ao
 from ao.attention import Documents, packed_rows
 from ao.models.arch import Arch
 
@@ -75,20 +76,18 @@ def lay_out(sequences: Sequence[np.ndarray], *, packed: bool, device: torch.devi
     )
 
 
-def rows_of(lengths: Sequence[int] | np.ndarray, *, tokens_per_row: int) -> list[np.ndarray]:
-    """Split sequences, longest first, into rows of a token budget; like lengths lie together, so little is padding.
+def rows_of(lengths: Sequence[int] | np.ndarray, *, tokens_per_row: int, packed: bool = False) -> list[np.ndarray]:
+    """Split sequences into rows of a token budget.
 
     Args:
         lengths: tokens of each sequence; one longer than the budget gets a row of its own.
-        tokens_per_row: budget, counted as sequences times the longest.
+        tokens_per_row: budget.
+        packed: a row costs the sum of its lengths; else it is padded, and costs its sequences times the longest.
 
     Returns:
         Index arrays that together hold every sequence once.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    rows, first = [], 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - first) * lengths[order[first]] > tokens_per_row:
-            rows.append(order[first:end])
-            first = end
-    return rows
+    order, offsets = _ao.pack_rows(
+        np.asarray(lengths, dtype=np.int32), tokens_per_row, padded=not packed, longer_alone=True
+    )
+    return np.split(np.asarray(order), np.asarray(offsets)[1:-1]) if len(lengths) else []

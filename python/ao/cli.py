@@ -55,6 +55,40 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show how full rows of some token budgets would be, or write the plan of one epoch."""
+
+    packed: tyro.conf.Positional[Path]
+    """The packed data set."""
+    tokens_per_row: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    """Token budgets of a row to compare; one with --out."""
+    out: Path | None = None
+    """File of the plan, a safetensors file."""
+    examples_per_step: int | None = None
+    """Datapoints of a step over all ranks; without it, steps are rows."""
+    tokens_per_step: int | None = None
+    """Tokens of a step over all ranks; one row for each rank without it."""
+    context_tokens_per_row: int | None = None
+    """Second budget of a row: its datapoints' context tokens."""
+    examples_per_row: int | None = None
+    """Most datapoints of a row."""
+    padded: bool = False
+    """Rows are rectangles, as a model needs that does not only attend."""
+    longer_alone: bool = False
+    """A datapoint that is longer than a row gets a row of its own; otherwise it is an error."""
+    window: int = 64
+    """Steps within which all datapoints of a shared context fall."""
+    ranks: int = 1
+    """Ranks that divide each step."""
+    seed: int = 0
+    """Keys the order."""
+    epoch: int = 0
+    """Keys the order too."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an oracle's adapter on a packed data set. On several devices: torchrun --nproc-per-node N -m ao train ..."""
 
@@ -138,7 +172,7 @@ class Demo:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `ao`."""
-    commands = {"demo": Demo, "train": Train, "ask": Ask, "eval": Eval, "pack": Pack}
+    commands = {"demo": Demo, "train": Train, "ask": Ask, "eval": Eval, "pack": Pack, "plan": Plan}
     _run(commands, list(sys.argv[1:] if args is None else args), program="ao")
 
 
@@ -151,6 +185,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     handlers: dict[type, Callable[..., dict[str, Any]]] = {
         Pack: _pack,
+        Plan: _plan,
         Train: _train,
         Eval: _eval,
         Ask: _ask,
@@ -250,6 +285,18 @@ def _part(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and num.isdecimal() and int(index) < int(num)):
         raise ValueError(f"--part {text!r}: expected i/n with i from 0 below n, such as 0/8 to 7/8")
     return int(index), int(num)
+
+
+def _plan(command: Plan) -> dict[str, Any]:
+    from ao.plan import command as plan
+    from ao.plan import table
+
+    own = ("packed", "tokens_per_row", "out", "json")
+    settings = {name: value for name, value in vars(command).items() if name not in own}
+    result = plan(command.packed, command.tokens_per_row, out=command.out, **settings)
+    if not command.json:
+        print(table(result["budgets"]))
+    return result
 
 
 def _train(command: Train) -> dict[str, Any]:

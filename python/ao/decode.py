@@ -185,5 +185,7 @@ def _rows(
     if not sequences:
         return
     with layout(model, arch):
-        for row in rows_of([len(sequence) for sequence in sequences], tokens_per_row=tokens_per_row):
+        for row in rows_of(
+            [len(sequence) for sequence in sequences], tokens_per_row=tokens_per_row, packed=arch.attention_only
+        ):
             yield row, lay_out([sequences[index] for index in row], packed=arch.attention_only, device=device)

@@ -122,7 +122,9 @@ def read_vectors(
     by_context = np.argsort(contexts_P, kind="stable")
     bounds = np.searchsorted(contexts_P[by_context], np.arange(len(contexts) + 1))
     with as_target(model), layout(model, arch):
-        for row in rows_of([len(context) for context in contexts], tokens_per_row=tokens_per_row):
+        for row in rows_of(
+            [len(context) for context in contexts], tokens_per_row=tokens_per_row, packed=arch.attention_only
+        ):
             batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
             wanted = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
             start_of = np.zeros(len(contexts), dtype=np.int64)

@@ -20,8 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ao import _ao
-from ao.batch import lay_out, layout, rows_of
+from ao.batch import lay_out, layout
 from ao.checkpoint import OracleConfig
 from ao.config import Recipe, TrainConfig, to_toml
 from ao.distributed import Ranks, ranks
@@ -31,6 +30,7 @@ from ao.manifest import write_atomic
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, save_adapter
 from ao.models.load import adamw8bit, enable_recompute, fuse_norms, load_model, resolve_device
+from ao.plan import Plan, PlanSettings
 from ao.prompt import fingerprints, framer
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
@@ -124,12 +124,13 @@ def loop(
     bar = tqdm(total=config.steps, desc="train", unit="step", disable=not (progress and here.first))
     times = (1, 2) if config.recompute else (1,)
     with bar, layout(model, arch), as_oracle(model):
-        for window in windows(dataset, config, here):
+        for window in windows(dataset, config, here, not arch.attention_only):
             clock = time.perf_counter()
-            vectors = look_ahead(target, target_arch, [point for mine in window for point in mine], config)
+            coming = [point for rows in window for points in rows for point in points]
+            vectors = look_ahead(target, target_arch, coming, config)
             seconds["target"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            for mine in window:
+            for rows in window:
                 # -- one step: this rank's datapoints, in rows of a token budget --
                 rate = learning_rate(step, config)
                 for group in optimizer.param_groups:
@@ -137,8 +138,7 @@ def loop(
                 flat_gradient.zero_()
                 # loss sum, answer tokens, input tokens, examples: summed over ranks with the gradient
                 sums = torch.zeros(4, dtype=torch.float64, device=here.device)
-                for row in rows_of([len(point.input_ids) for point in mine], tokens_per_row=config.tokens_per_row):
-                    points = [mine[index] for index in row]
+                for points in rows:
                     sequences = [point.input_ids for point in points]
                     batch = lay_out(sequences, packed=arch.attention_only, device=here.device)
                     labels = labels_of(batch, sequences, [point.answer_start for point in points])
@@ -190,35 +190,38 @@ def loop(
     }
 
 
-def windows(dataset: PackedDataset, config: TrainConfig, here: Ranks) -> Iterator[list[list[Datapoint]]]:
-    """This rank's datapoints, window by window and step by step, epoch after epoch until the steps are done."""
+def windows(
+    dataset: PackedDataset, config: TrainConfig, here: Ranks, padded: bool = False, start: int = 0
+) -> Iterator[list[list[list[Datapoint]]]]:
+    """This rank's datapoints by window, step and row, epoch after epoch until the steps are done.
+
+    Args:
+        dataset: what is trained on.
+        config: the steps and their rows.
+        here: the rank.
+        padded: rows are rectangles, not sequences joined.
+        start: steps that are done already.
+    """
+    settings = PlanSettings(
+        tokens_per_row=config.tokens_per_row,
+        examples_per_step=config.examples_per_step,
+        padded=padded,
+        longer_alone=True,
+        window=config.window,
+        ranks=here.world,
+        seed=config.seed,
+    )
     done = epoch = 0
     while done < config.steps:
-        order, rank_of = _ao.plan(
-            dataset.lengths,
-            dataset.context_lengths,
-            dataset.groups,
-            examples_per_step=config.examples_per_step,
-            window=config.window,
-            ranks=here.world,
-            seed=config.seed,
-            epoch=epoch,
-        )
-        order_SN = np.asarray(order).reshape(-1, config.examples_per_step)
-        rank_SN = np.asarray(rank_of).reshape(-1, config.examples_per_step)
-        if len(order_SN) == 0:
+        plan = Plan.make(dataset, replace(settings, epoch=epoch))
+        if len(plan) == 0:
             raise ValueError(
                 f"the data set holds {len(dataset)} datapoints, fewer than train.examples_per_step = {config.examples_per_step}"
             )
-        order_SN, rank_SN = order_SN[: config.steps - done], rank_SN[: config.steps - done]
-        for first in range(0, len(order_SN), config.window):
-            yield [
-                [dataset[int(index)] for index in order_N[rank_N == here.rank]]
-                for order_N, rank_N in zip(
-                    order_SN[first : first + config.window], rank_SN[first : first + config.window], strict=True
-                )
-            ]
-        done += len(order_SN)
+        if start < done + len(plan):
+            for window in plan.windows(max(0, start - done), end=config.steps - done, rank=here.rank):
+                yield [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
+        done += len(plan)
         epoch += 1
 
 

@@ -19,7 +19,6 @@ from ao._ao import (
     PackWriter,
     Source,
     input_digest,
-    plan,
     shard_layout,
     shard_metadata,
     verify_shard,
@@ -162,26 +161,6 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     write_atomic(str(tmp_path / "f"), b"two")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     assert (tmp_path / "f").read_bytes() == b"two"
-
-
-def test_a_plan_orders_an_epoch() -> None:
-    lengths = np.arange(10, 510, dtype=np.int32)
-    groups = np.arange(500, dtype=np.int64) // 5
-    arguments = {"examples_per_step": 8, "window": 10, "seed": 1, "epoch": 0}
-    order, rank = (np.asarray(a) for a in plan(lengths, lengths, groups, ranks=2, **arguments))
-    assert order.dtype == rank.dtype == np.int32
-    assert len(order) == len(rank) == 496
-    assert len(set(order.tolist())) == 496
-    alone, _ = plan(lengths, lengths, groups, ranks=1, **arguments)
-    assert alone.tolist() == order.tolist()
-    window_of = np.full(500, -1)
-    window_of[order] = np.arange(496) // 80
-    divided = [group for group in range(100) if len(set(window_of[groups == group]) - {-1}) > 1]
-    assert divided == []
-    with pytest.raises(AoError, match="equally long"):
-        plan(lengths, lengths, groups[:3], ranks=1, **arguments)
-    with pytest.raises((TypeError, BufferError)):
-        plan(lengths.astype(np.int64), lengths, groups, ranks=1, **arguments)
 
 
 def test_one_framer_serves_many_threads() -> None:

@@ -137,3 +137,8 @@ def test_rows_hold_everything_once_within_the_budget(rng):
     assert sorted(np.concatenate(rows).tolist()) == list(range(200))
     assert all(len(row) * lengths[row].max() <= 128 for row in rows)
     assert [row.tolist() for row in rows_of([300], tokens_per_row=128)] == [[0]]
+    joined = rows_of(lengths, tokens_per_row=128, packed=True)
+    assert sorted(np.concatenate(joined).tolist()) == list(range(200))
+    assert all(lengths[row].sum() <= 128 for row in joined)
+    assert len(joined) == -(-lengths.sum() // 128) < len(rows)
+    assert rows_of([], tokens_per_row=128) == []

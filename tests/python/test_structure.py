@@ -19,7 +19,7 @@ ROWS = [
     {"demo"},
     {"train", "eval"},
     {"oracle", "pack", "plots"},
-    {"decode", "selftest"},
+    {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "checkpoint", "shards", "distributed", "memory"},
     {"batch"},
     {"injection", "attention"},
@@ -30,7 +30,7 @@ ROWS = [
     {"_ao"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_FREE = ["config", "manifest", "prompt", "probes", "sources", "pack", "shards", "cli"]
+TORCH_FREE = ["config", "manifest", "prompt", "probes", "sources", "pack", "shards", "plan", "cli"]
 
 
 def module_of(path: Path) -> str:

@@ -128,7 +128,7 @@ def test_looking_ahead_changes_no_loss(steps_ahead, plain, packed, tmp_path, mon
     """The steps of the plan, their contexts collected for fewer or more of them at once."""
 
     def cut(*args):
-        steps = [mine for window in windows(*args) for mine in window]
+        steps = [rows for window in windows(*args) for rows in window]
         for first in range(0, len(steps), steps_ahead):
             yield steps[first : first + steps_ahead]
 
@@ -175,9 +175,15 @@ def loss_by_hand(model, target, points):
     return total / count
 
 
-def first_step(packed: Path) -> list:
+def steps_of(packed: Path, **changes: object) -> list[list]:
+    """The datapoints of each step, on one rank."""
     here = Ranks(rank=0, world=1, device=torch.device("cpu"))
-    return next(windows(PackedDataset.open(packed), recipe_of().train, here))[0]
+    found = windows(PackedDataset.open(packed), recipe_of(**changes).train, here)
+    return [[point for points in rows for point in points] for window in found for rows in window]
+
+
+def first_step(packed: Path) -> list:
+    return steps_of(packed)[0]
 
 
 def bare(folder: Path) -> torch.nn.Module:
@@ -227,10 +233,7 @@ def test_yes_and_no_keep_all_their_labels(packed):
 
 def test_the_record_counts_what_was_trained_on(plain, packed):
     record, out = plain
-    config, here = recipe_of().train, Ranks(rank=0, world=1, device=torch.device("cpu"))
-    points = [
-        point for window in windows(PackedDataset.open(packed), config, here) for mine in window for point in mine
-    ]
+    points = [point for step in steps_of(packed) for point in step]
     assert record["examples"] == len(points) == STEPS * PER_STEP
     assert record["input_tokens"] == sum(len(point.input_ids) for point in points)
     assert record["answer_tokens"] == sum(len(point.input_ids) - point.answer_start for point in points)
@@ -267,14 +270,26 @@ def test_the_rate_reaches_the_optimizer(packed, tmp_path, monkeypatch):
 
 def test_every_epoch_shows_everything_once_in_its_own_order(packed):
     dataset = PackedDataset.open(packed)
-    config = recipe_of(steps=2 * (len(dataset) // PER_STEP) + 1).train
-    here = Ranks(rank=0, world=1, device=torch.device("cpu"))
-    ids = [point.id for window in windows(dataset, config, here) for mine in window for point in mine]
+    steps = 2 * (len(dataset) // PER_STEP) + 1
+    ids = [point.id for step in steps_of(packed, steps=steps) for point in step]
     epoch = len(dataset) // PER_STEP * PER_STEP
     first, second = ids[:epoch], ids[epoch : 2 * epoch]
-    assert len(ids) == config.steps * PER_STEP
+    assert len(ids) == steps * PER_STEP
     assert len(set(first)) == len(set(second)) == epoch
     assert first != second
+
+
+def test_one_integer_resumes(packed):
+    """From any step on, the steps that follow and their windows are those of the whole run, also in a later epoch."""
+    dataset, here = PackedDataset.open(packed), Ranks(rank=0, world=1, device=torch.device("cpu"))
+    config = recipe_of(steps=20, tokens_per_row=150).train
+    ids = lambda found: [[[point.id for point in points] for points in rows] for rows in found]  # noqa: E731
+    whole = [ids(window) for window in windows(dataset, config, here)]
+    assert max(len(rows) for window in whole for rows in window) > 1
+    for start in (0, 1, 4, 8, 9, 10, 19):
+        found = [ids(window) for window in windows(dataset, config, here, False, start)]
+        assert [step for window in found for step in window] == [step for window in whole for step in window][start:]
+        assert found[1:] == whole[len(whole) - len(found) + 1 :]
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -283,7 +298,7 @@ def test_every_epoch_shows_everything_once_in_its_own_order(packed):
 def test_training_fits_what_it_sees(packed, tmp_path, monkeypatch):
     """Every step the same eight examples: their loss falls."""
     points = first_step(packed)
-    monkeypatch.setattr(ao.train, "windows", lambda *args: ([points] for _ in range(12)))
+    monkeypatch.setattr(ao.train, "windows", lambda *args: ([[points]] for _ in range(12)))
     found = losses(packed, tmp_path / "out", steps=12, learning_rate=1e-2)
     assert found[-1] < 0.5 * found[0]
 

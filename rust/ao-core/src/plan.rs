@@ -1,26 +1,59 @@
-//! Which datapoints make each training step, and which rank takes them.
+//! Which datapoints make each training step, in which rows, and which rank takes them.
 //!
 //! Groups of datapoints that share a context are shuffled, not datapoints. A group falls into one window of steps and
-//! is spread over it, so that a context is run once per window and still a step sees many contexts. The order knows
-//! nothing of ranks; they only divide each step.
+//! is spread over it, so that a context is run once per window and still a step sees many contexts. A step is a number
+//! of datapoints, or a number of rows of a token budget. Which step a datapoint is in knows nothing of ranks.
 
 mod exact;
+mod examples;
+mod lanes;
 mod rows;
 mod several;
+mod sharing;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::sample::Draws;
 
 pub use rows::{Layout, Longer, Reach, RowLimits, Rows, pack_rows};
+pub use sharing::Sharing;
+
+/// What a plan knows of each datapoint; the lists are equally long.
+#[derive(Debug, Clone, Copy)]
+pub struct Datapoints<'a> {
+    /// Tokens of the input.
+    pub lengths: &'a [i32],
+    /// Tokens of the context.
+    pub context_lengths: &'a [i32],
+    /// Equal where datapoints share a context.
+    pub groups: &'a [i64],
+}
 
 /// What a plan is made for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PlanSettings {
-    /// Datapoints of one optimizer step, over all ranks.
-    pub examples_per_step: usize,
+    /// Datapoints of one optimizer step over all ranks; or else `tokens_per_step`.
+    #[serde(default)]
+    pub examples_per_step: Option<usize>,
+    /// Tokens of one step over all ranks: a step is as many rows as this is times `tokens_per_row`.
+    #[serde(default)]
+    pub tokens_per_step: Option<usize>,
+    /// Budget of a row.
+    pub tokens_per_row: usize,
+    /// Second budget of a row, of its datapoints' context tokens, each datapoint's own counted.
+    #[serde(default)]
+    pub context_tokens_per_row: Option<usize>,
+    /// Most datapoints of a row.
+    #[serde(default)]
+    pub examples_per_row: Option<usize>,
+    /// Rows are rectangles, not sequences joined.
+    #[serde(default)]
+    pub padded: bool,
+    /// A datapoint above a row's budget gets a row of its own; else it is an error.
+    #[serde(default)]
+    pub longer_alone: bool,
     /// Steps of one window.
     pub window: usize,
     /// Ranks that divide each step.
@@ -31,41 +64,106 @@ pub struct PlanSettings {
     pub epoch: u64,
 }
 
-/// An order of datapoints, step after step, and the rank of each.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// Indices of datapoints, `examples_per_step` for each step.
-    pub order: Vec<i32>,
-    /// For each entry of `order`, the rank.
-    pub rank: Vec<i32>,
-}
-
-/// Plan one epoch. `lengths` are the tokens of each datapoint's input, `context_lengths` those of its context, `groups`
-/// say which datapoints share a context. What does not fill a last step is left out.
-///
-/// # Errors
-/// If the lists differ in length, or there are fewer datapoints in a step than ranks.
-pub fn plan(lengths: &[i32], context_lengths: &[i32], groups: &[i64], settings: PlanSettings) -> Result<Plan> {
-    check(lengths, context_lengths, groups, settings)?;
-    let mut draws = Draws::new(settings.seed, &settings.epoch.to_string(), "plan");
-    let members = shuffled_groups(groups, &mut draws);
-    let windows = fill_windows(&members, lengths.len(), settings);
-    let mut order = Vec::with_capacity(lengths.len());
-    for window in windows {
-        order.extend(spread(&window, settings.examples_per_step, &mut draws));
+impl PlanSettings {
+    /// Read settings from a JSON object.
+    ///
+    /// # Errors
+    /// If a field is unknown, missing or of another type.
+    pub fn from_json(json: &str) -> Result<Self> {
+        serde_json::from_str(json)
+            .map_err(|error| Error::Plan(format!("the settings are not what they should be: {error}")))
     }
-    let mut rank = Vec::with_capacity(order.len());
-    let capacity = settings.window.saturating_mul(settings.examples_per_step);
-    for window in order.chunks(capacity) {
-        let mut homes = HashMap::new();
-        for step in window.chunks(settings.examples_per_step) {
-            rank.extend(divide(step, lengths, context_lengths, groups, settings.ranks, &mut homes));
+
+    fn limits(&self) -> RowLimits {
+        RowLimits {
+            tokens: self.tokens_per_row,
+            context_tokens: self.context_tokens_per_row,
+            examples: self.examples_per_row,
+            layout: if self.padded { Layout::Padded } else { Layout::Packed },
+            longer: if self.longer_alone { Longer::Alone } else { Longer::Refuse },
         }
     }
-    Ok(Plan { order: order.into_iter().map(|at| at as i32).collect(), rank })
 }
 
-fn check(lengths: &[i32], context_lengths: &[i32], groups: &[i64], settings: PlanSettings) -> Result<()> {
+/// What one step takes: datapoints or rows.
+enum Step {
+    Examples(usize),
+    Rows(usize),
+}
+
+/// One epoch: datapoints by step, in it by rank, in it by row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Datapoints, each at most once.
+    pub order: Vec<i32>,
+    /// Where each row begins in `order`, and the end of the last.
+    pub row_offsets: Vec<i64>,
+    /// The rank of each row, not falling within a step.
+    pub row_ranks: Vec<i32>,
+    /// Where each step begins in the rows, and the end of the last.
+    pub step_offsets: Vec<i64>,
+    /// How much is saved by running the context of several datapoints once.
+    pub sharing: Sharing,
+}
+
+/// Plan one epoch. What does not fill a last step is left out.
+///
+/// The datapoints of each step depend on everything in the settings but the ranks.
+///
+/// # Errors
+/// If a setting cannot be used, the lists differ in length, or a datapoint exceeds a row and may not stand alone.
+pub fn plan(datapoints: Datapoints, settings: &PlanSettings) -> Result<Plan> {
+    let step = check(datapoints, settings)?;
+    let mut draws = Draws::new(settings.seed, &settings.epoch.to_string(), "plan");
+    let groups = Groups::of(datapoints.groups);
+    let shuffled = groups.shuffled(&mut draws);
+    let mut plan = Plan {
+        order: Vec::with_capacity(datapoints.lengths.len()),
+        row_offsets: vec![0],
+        row_ranks: Vec::new(),
+        step_offsets: vec![0],
+        sharing: Sharing::default(),
+    };
+    match step {
+        Step::Examples(count) => examples::plan(&mut plan, datapoints, settings, count, &groups, shuffled, &mut draws),
+        Step::Rows(count) => lanes::plan(&mut plan, datapoints, settings, count, &shuffled, &mut draws),
+    }
+    plan.sharing = sharing::measure(&plan, datapoints.context_lengths, &groups, settings.window);
+    Ok(plan)
+}
+
+impl Plan {
+    fn push_row(&mut self, row: impl IntoIterator<Item = i32>, rank: usize) {
+        self.order.extend(row);
+        self.row_offsets.push(self.order.len() as i64);
+        self.row_ranks.push(rank as i32);
+    }
+
+    fn end_step(&mut self) {
+        self.step_offsets.push(self.row_ranks.len() as i64);
+    }
+
+    /// How many steps there are.
+    #[must_use]
+    pub fn num_steps(&self) -> usize {
+        self.step_offsets.len() - 1
+    }
+
+    /// The datapoints of a row.
+    #[must_use]
+    pub fn row(&self, row: usize) -> &[i32] {
+        &self.order[self.row_offsets[row] as usize..self.row_offsets[row + 1] as usize]
+    }
+
+    /// The rows of a step.
+    #[must_use]
+    pub fn step(&self, step: usize) -> std::ops::Range<usize> {
+        self.step_offsets[step] as usize..self.step_offsets[step + 1] as usize
+    }
+}
+
+fn check(datapoints: Datapoints, settings: &PlanSettings) -> Result<Step> {
+    let Datapoints { lengths, context_lengths, groups } = datapoints;
     let count = lengths.len();
     if context_lengths.len() != count || groups.len() != count {
         return Err(Error::Plan(format!(
@@ -77,163 +175,105 @@ fn check(lengths: &[i32], context_lengths: &[i32], groups: &[i64], settings: Pla
     if i32::try_from(count).is_err() {
         return Err(Error::Plan(format!("{count} datapoints are more than an order can number")));
     }
-    if settings.window == 0 || settings.ranks == 0 || settings.examples_per_step < settings.ranks {
+    let limits = settings.limits();
+    rows::check_limits(limits)?;
+    rows::check_fit(lengths, "tokens", Some(limits.tokens), limits.longer)?;
+    rows::check_fit(context_lengths, "context tokens", limits.context_tokens, limits.longer)?;
+    if settings.window == 0 || settings.ranks == 0 {
         return Err(Error::Plan(format!(
-            "window and ranks must be at least 1 and examples_per_step at least ranks, got window {}, ranks {}, \
-             examples_per_step {}",
-            settings.window, settings.ranks, settings.examples_per_step
+            "window and ranks must be at least 1, got window {}, ranks {}",
+            settings.window, settings.ranks
         )));
     }
-    if let Some(at) = lengths.iter().chain(context_lengths).position(|&length| length < 0) {
-        return Err(Error::Plan(format!("a length is negative, at index {}", at % count)));
-    }
-    Ok(())
+    check_step(settings)
 }
 
-/// The datapoints of each group, groups and members in random order.
-fn shuffled_groups(groups: &[i64], draws: &mut Draws) -> Vec<Vec<usize>> {
-    let mut by_group: Vec<usize> = (0..groups.len()).collect();
-    by_group.sort_by_key(|&at| (groups[at], at));
-    let mut members: Vec<Vec<usize>> =
-        by_group.chunk_by(|&a, &b| groups[a] == groups[b]).map(<[usize]>::to_vec).collect();
-    for group in &mut members {
-        draws.shuffle(group);
-    }
-    draws.shuffle(&mut members);
-    members
-}
-
-/// Groups that wait for a window, in shuffled order, found by size.
-struct Waiting {
-    groups: Vec<Option<Vec<usize>>>,
-    by_size: BTreeMap<usize, VecDeque<usize>>,
-    next: usize,
-}
-
-impl Waiting {
-    fn new(groups: Vec<Vec<usize>>) -> Self {
-        let mut by_size: BTreeMap<usize, VecDeque<usize>> = BTreeMap::new();
-        for (at, group) in groups.iter().enumerate() {
-            by_size.entry(group.len()).or_default().push_back(at);
+fn check_step(settings: &PlanSettings) -> Result<Step> {
+    let ranks = settings.ranks;
+    match (settings.examples_per_step, settings.tokens_per_step) {
+        (Some(examples), None) if examples >= ranks => Ok(Step::Examples(examples)),
+        (Some(examples), None) => {
+            Err(Error::Plan(format!("examples_per_step must be at least ranks = {ranks}, got {examples}")))
         }
-        Self { groups: groups.into_iter().map(Some).collect(), by_size, next: 0 }
-    }
-
-    /// The next group of the order if it has at most `room` members, else the earliest one that has.
-    fn take(&mut self, room: usize) -> Option<Vec<usize>> {
-        while self.groups.get(self.next).is_some_and(Option::is_none) {
-            self.next += 1;
-        }
-        let fits = self.groups.get(self.next)?.as_ref().is_some_and(|group| group.len() <= room);
-        let at = if fits { self.next } else { self.earliest(room)? };
-        let group = self.groups[at].take()?;
-        let queue = self.by_size.get_mut(&group.len())?;
-        if let Ok(place) = queue.binary_search(&at) {
-            queue.remove(place);
-        }
-        if queue.is_empty() {
-            self.by_size.remove(&group.len());
-        }
-        Some(group)
-    }
-
-    fn earliest(&self, room: usize) -> Option<usize> {
-        self.by_size.range(..=room).filter_map(|(_, queue)| queue.front().copied()).min()
-    }
-
-    /// Take the first `count` members of the next group and leave the rest waiting in its place.
-    fn split(&mut self, count: usize) -> Option<Vec<usize>> {
-        let mut group = self.take(usize::MAX)?;
-        let at = self.next;
-        let rest = group.split_off(count.min(group.len()));
-        if !rest.is_empty() {
-            let queue = self.by_size.entry(rest.len()).or_default();
-            let place = queue.binary_search(&at).unwrap_or_else(|place| place);
-            queue.insert(place, at);
-            self.groups[at] = Some(rest);
-        }
-        Some(group)
-    }
-}
-
-/// Cut the groups into windows of `window * examples_per_step` datapoints, the last one shorter and a whole number of
-/// steps. A group is divided only if it is larger than a window, or where no waiting group fits what is left of one.
-fn fill_windows(groups: &[Vec<usize>], count: usize, settings: PlanSettings) -> Vec<Vec<usize>> {
-    let step = settings.examples_per_step;
-    let largest = settings.window.saturating_mul(step);
-    let mut left = count / step * step;
-    let fitting = groups.iter().flat_map(|group| group.chunks(largest).map(<[usize]>::to_vec));
-    let mut waiting = Waiting::new(fitting.collect());
-    let mut windows = Vec::new();
-    while left > 0 {
-        let capacity = left.min(largest);
-        let mut window = Vec::with_capacity(capacity);
-        while window.len() < capacity {
-            let room = capacity - window.len();
-            let Some(group) = waiting.take(room).or_else(|| waiting.split(room)) else { break };
-            window.extend(group);
-        }
-        left -= window.len();
-        windows.push(window);
-    }
-    windows
-}
-
-/// Deal a window out to its steps in turn: the members of a group, which stand together, go to different steps.
-fn spread(window: &[usize], examples_per_step: usize, draws: &mut Draws) -> Vec<usize> {
-    let num_steps = window.len() / examples_per_step;
-    let mut turn: Vec<usize> = (0..num_steps).collect();
-    draws.shuffle(&mut turn);
-    let mut steps = vec![Vec::with_capacity(examples_per_step); num_steps];
-    for (at, &datapoint) in window.iter().enumerate() {
-        steps[turn[at % num_steps]].push(datapoint);
-    }
-    for step in &mut steps {
-        draws.shuffle(step);
-    }
-    steps.concat()
-}
-
-/// Divide a step among ranks. A datapoint stays on the rank that already ran its context in this window while that rank
-/// has no more than its fair share of tokens; the others go, the longest first, each to the lightest rank.
-fn divide(
-    step: &[usize],
-    lengths: &[i32],
-    context_lengths: &[i32],
-    groups: &[i64],
-    ranks: usize,
-    homes: &mut HashMap<i64, usize>,
-) -> Vec<i32> {
-    let tokens = |at: usize| i64::from(lengths[step[at]]);
-    let fair = (0..step.len()).map(tokens).sum::<i64>() / ranks as i64;
-    let mut load = vec![0; ranks];
-    let mut count = vec![0; ranks];
-    let mut rank = vec![None; step.len()];
-    let mut by_length: Vec<usize> = (0..step.len()).collect();
-    by_length.sort_by_key(|&at| (Reverse((tokens(at), context_lengths[step[at]])), at));
-    // Every rank must get something, or it would have no gradient to give: enough is left for those without.
-    let mut to_spare = step.len() - ranks;
-    for &at in &by_length {
-        let home = homes.get(&groups[step[at]]).copied();
-        let Some(home) = home.filter(|&home| load[home] + tokens(at) <= fair) else { continue };
-        if count[home] > 0 {
-            if to_spare == 0 {
-                continue;
+        (None, Some(tokens)) => {
+            let unit = settings.tokens_per_row.saturating_mul(ranks);
+            if tokens == 0 || tokens % unit != 0 {
+                return Err(Error::Plan(format!(
+                    "tokens_per_step must be a multiple of tokens_per_row * ranks = {unit}, so that every rank has as \
+                     many rows, got {tokens}"
+                )));
             }
-            to_spare -= 1;
+            Ok(Step::Rows(tokens / settings.tokens_per_row))
         }
-        load[home] += tokens(at);
-        count[home] += 1;
-        rank[at] = Some(home);
+        _ => Err(Error::Plan("a step takes examples_per_step or tokens_per_step, one of them".to_owned())),
     }
-    for &at in &by_length {
-        if rank[at].is_none() {
-            let lightest = (0..ranks).min_by_key(|&rank| (count[rank] > 0, load[rank])).unwrap_or(0);
-            homes.entry(groups[step[at]]).or_insert(lightest);
-            load[lightest] += tokens(at);
-            count[lightest] += 1;
-            rank[at] = Some(lightest);
+}
+
+/// Datapoints by the context that they share.
+struct Groups {
+    /// For each datapoint its group, from 0.
+    of: Vec<u32>,
+    /// Datapoints group by group.
+    members: Vec<i32>,
+    /// Where each group begins in `members`, and the end of the last.
+    offsets: Vec<usize>,
+}
+
+impl Groups {
+    fn of(groups: &[i64]) -> Self {
+        let mut members: Vec<i32> = (0..groups.len() as i32).collect();
+        // Data sets number contexts as they come, and a stable sort is fast on what is nearly sorted.
+        members.sort_by_key(|&at| groups[at as usize]);
+        let mut of = vec![0; groups.len()];
+        let mut offsets = vec![0];
+        for group in members.chunk_by(|&a, &b| groups[a as usize] == groups[b as usize]) {
+            for &at in group {
+                of[at as usize] = (offsets.len() - 1) as u32;
+            }
+            offsets.push(offsets[offsets.len() - 1] + group.len());
         }
+        Self { of, members, offsets }
     }
-    rank.into_iter().map(|rank| rank.unwrap_or(0) as i32).collect()
+
+    fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// The datapoints of each group, groups and members in random order.
+    fn shuffled(&self, draws: &mut Draws) -> Shuffled {
+        let mut members = self.members.clone();
+        for ends in self.offsets.windows(2) {
+            draws.shuffle(&mut members[ends[0]..ends[1]]);
+        }
+        let mut turn: Vec<u32> = (0..self.len() as u32).collect();
+        draws.shuffle(&mut turn);
+        let ends = |group: u32| (self.offsets[group as usize], self.offsets[group as usize + 1]);
+        let groups = turn.into_iter().map(ends).collect();
+        Shuffled { members, groups }
+    }
+}
+
+/// Groups in random order, as ranges of their members.
+struct Shuffled {
+    members: Vec<i32>,
+    groups: Vec<(usize, usize)>,
+}
+
+impl Shuffled {
+    /// All datapoints, group by group.
+    fn datapoints(&self) -> impl Iterator<Item = i32> {
+        self.groups.iter().flat_map(|&(start, end)| self.members[start..end].iter().copied())
+    }
+}
+
+/// Deal datapoints out to some piles in turn, the piles in random order, so that the members of a group, which stand
+/// together, go to different ones.
+fn deal(datapoints: &[i32], piles: usize, draws: &mut Draws) -> Vec<Vec<i32>> {
+    let mut turn: Vec<usize> = (0..piles).collect();
+    draws.shuffle(&mut turn);
+    let mut dealt = vec![Vec::with_capacity(datapoints.len().div_ceil(piles.max(1))); piles];
+    for (at, &datapoint) in datapoints.iter().enumerate() {
+        dealt[turn[at % piles]].push(datapoint);
+    }
+    dealt
 }

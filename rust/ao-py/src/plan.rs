@@ -1,33 +1,39 @@
 //! The order of training.
 
-use ao_core::plan::{Layout, Longer, PlanSettings, Reach, RowLimits, pack_rows as lay_out, plan as plan_epoch};
+use ao_core::plan::{
+    Datapoints, Layout, Longer, PlanSettings, Reach, RowLimits, Sharing, pack_rows as lay_out, plan as plan_epoch,
+};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMemoryView};
+use pyo3::types::{PyBytes, PyDict, PyMemoryView};
 
 use crate::error::to_python;
 use crate::int32_buffer;
 
-/// Order the datapoints of one epoch into steps and divide each step among ranks.
+/// Order the datapoints of one epoch into steps, divide each among ranks and lay out each rank's in rows.
 #[pyfunction]
-#[pyo3(signature = (lengths, context_lengths, groups, *, examples_per_step, window, ranks, seed, epoch))]
-#[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-pub fn plan(
-    py: Python<'_>,
+pub fn plan<'py>(
+    py: Python<'py>,
     lengths: PyBuffer<i32>,
     context_lengths: PyBuffer<i32>,
     groups: PyBuffer<i64>,
-    examples_per_step: usize,
-    window: usize,
-    ranks: usize,
-    seed: u64,
-    epoch: u64,
-) -> PyResult<(Bound<'_, PyMemoryView>, Bound<'_, PyMemoryView>)> {
+    settings_json: &str,
+) -> PyResult<Bound<'py, PyDict>> {
+    let settings = PlanSettings::from_json(settings_json).map_err(to_python)?;
     let (lengths, context_lengths) = (lengths.to_vec(py)?, context_lengths.to_vec(py)?);
     let groups = groups.to_vec(py)?;
-    let settings = PlanSettings { examples_per_step, window, ranks, seed, epoch };
-    let plan = py.detach(|| plan_epoch(&lengths, &context_lengths, &groups, settings)).map_err(to_python)?;
-    Ok((int32_buffer(py, &plan.order, 1)?, int32_buffer(py, &plan.rank, 1)?))
+    let datapoints = Datapoints { lengths: &lengths, context_lengths: &context_lengths, groups: &groups };
+    let plan = py.detach(|| plan_epoch(datapoints, &settings)).map_err(to_python)?;
+    let made = PyDict::new(py);
+    made.set_item("order", int32_buffer(py, &plan.order, 1)?)?;
+    made.set_item("row_offsets", int64_buffer(py, &plan.row_offsets)?)?;
+    made.set_item("row_ranks", int32_buffer(py, &plan.row_ranks, 1)?)?;
+    made.set_item("step_offsets", int64_buffer(py, &plan.step_offsets)?)?;
+    let Sharing { alone, in_ranks, in_windows, at_all } = plan.sharing;
+    for (name, tokens) in [("alone", alone), ("in_ranks", in_ranks), ("in_windows", in_windows), ("at_all", at_all)] {
+        made.set_item(name, tokens)?;
+    }
+    Ok(made)
 }
 
 /// Lay examples out in rows of a token budget.

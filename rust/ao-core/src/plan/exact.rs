@@ -22,11 +22,11 @@ pub(super) fn pack(lengths: &[i32], budget: usize, reach: Reach) -> Rows {
         filler.row(&mut taken);
         offsets.push(taken.len() as i64);
     }
-    Rows { order: name(lengths, &taken, budget), offsets }
+    Rows { order: name(lengths, taken, budget), offsets }
 }
 
 /// The examples that have these lengths: of equal ones, the first comes first.
-fn name(lengths: &[i32], taken: &[i32], budget: usize) -> Vec<i32> {
+fn name(lengths: &[i32], taken: Vec<i32>, budget: usize) -> Vec<i32> {
     // Those above the budget all go in turn, so that they may count as equal.
     let place = |length: i32| (length as usize).min(budget + 1);
     let mut next = vec![0; budget + 3];
@@ -43,12 +43,13 @@ fn name(lengths: &[i32], taken: &[i32], budget: usize) -> Vec<i32> {
         by_length[*end] = at as i32;
         *end += 1;
     }
-    let mut first = |length: i32| {
+    let first = |length: i32| {
         let next = &mut next[place(length)];
         *next += 1;
         by_length[*next - 1]
     };
-    taken.iter().map(|&length| first(length)).collect()
+    // In place: fresh memory costs as much as the rest.
+    taken.into_iter().map(first).collect()
 }
 
 struct Filler<'a> {

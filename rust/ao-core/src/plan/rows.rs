@@ -171,8 +171,8 @@ fn best_fit_decreasing(lengths: &[i32], contexts: Option<&[i32]>, limits: RowLim
         }
         rows[row].0.push(at as i32);
         rows[row].1 -= context;
-        // Above a context budget an example stands alone, whatever room is left beside it.
-        let alone = limits.context_tokens.is_some_and(|budget| context > budget);
+        // Above a budget an example stands alone, whatever room is left beside it.
+        let alone = length > limits.tokens || limits.context_tokens.is_some_and(|budget| context > budget);
         if rows[row].0.len() < most && !alone {
             rooms.insert((room - length, row));
         }
