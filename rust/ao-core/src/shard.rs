@@ -3,6 +3,7 @@
 //! A shard stands alone. Contexts are stored once, and one that is the beginning of another is not stored at all: it
 //! refers to the longer one and has its own length. `layout` reads what is written here.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use safetensors::Dtype;
@@ -37,33 +38,31 @@ impl<T: Copy> Ragged<T> {
         self.offsets.push(self.values.len() as i64);
     }
 
-    fn from_rows<'a>(rows: impl Iterator<Item = &'a [T]>) -> Self
+    fn from_rows<'a>(rows: impl Iterator<Item = &'a [T]> + Clone) -> Self
     where
         T: 'a,
     {
         let mut ragged = Self::new();
+        let (count, length) = rows.clone().fold((0, 0), |(count, length), row| (count + 1, length + row.len()));
+        ragged.offsets.reserve_exact(count);
+        ragged.values.reserve_exact(length);
         rows.for_each(|row| ragged.push(row));
         ragged
     }
 }
 
-/// Values that a shard holds, in little-endian bytes whatever the machine.
-trait Stored: Copy {
+#[cfg(target_endian = "big")]
+compile_error!("shards are little-endian and are viewed in place, so this machine can neither write nor read them");
+
+/// Values that a shard holds as they lie in memory.
+trait Stored: bytemuck::NoUninit {
     const DTYPE: Dtype;
-    fn to_bytes(values: &[Self]) -> Vec<u8>;
 }
 
 macro_rules! stored {
     ($($type:ty => $dtype:ident),*) => {$(
         impl Stored for $type {
             const DTYPE: Dtype = Dtype::$dtype;
-            fn to_bytes(values: &[Self]) -> Vec<u8> {
-                let mut bytes = vec![0; size_of_val(values)];
-                for (bytes, value) in bytes.chunks_exact_mut(size_of::<Self>()).zip(values) {
-                    bytes.copy_from_slice(&value.to_le_bytes());
-                }
-                bytes
-            }
         }
     )*};
 }
@@ -77,22 +76,25 @@ stored!(i64 => I64, i32 => I32, i16 => I16, u8 => U8);
 pub fn encode(datapoints: &[Datapoint], stats: &mut Stats, header: impl FnOnce(&Stats) -> Value) -> Result<Vec<u8>> {
     let sources = sources_of(datapoints)?;
     let contexts = SharedContexts::new(datapoints);
+    let texts = |text: fn(&Datapoint) -> &str| Ragged::from_rows(datapoints.iter().map(|d| text(d).as_bytes()));
+    let (ids, metas) = (texts(|d| &d.id), texts(|d| &d.meta));
+    let (questions, answers) = (texts(|d| &d.question), texts(|d| &d.answer));
+    let inputs = Ragged::from_rows(datapoints.iter().map(|d| d.input_ids.as_slice()));
+    let placeholders = Ragged::from_rows(datapoints.iter().map(|d| d.placeholders.as_slice()));
+    let layers = Ragged::from_rows(datapoints.iter().map(|d| d.layers.as_slice()));
+    let positions = Ragged::from_rows(datapoints.iter().map(|d| d.read_positions.as_slice()));
     let mut arrays = Arrays::default();
-    arrays.texts("id_bytes", "id_offsets", datapoints, |d| &d.id);
-    arrays.texts("question_bytes", "question_offsets", datapoints, |d| &d.question);
-    arrays.texts("answer_bytes", "answer_offsets", datapoints, |d| &d.answer);
-    arrays.texts("meta_bytes", "meta_offsets", datapoints, |d| &d.meta);
+    arrays.ragged("id_bytes", "id_offsets", &ids);
+    arrays.ragged("question_bytes", "question_offsets", &questions);
+    arrays.ragged("answer_bytes", "answer_offsets", &answers);
+    arrays.ragged("meta_bytes", "meta_offsets", &metas);
     arrays.each("answer_start", datapoints, |d| d.answer_start);
     arrays.each("context_length", datapoints, |d| d.context_ids.len() as i32);
     arrays.each("kind", datapoints, |d| d.kind);
     arrays.each("source", datapoints, |d| sources.binary_search(&&*d.source).expect("every source was listed") as u8);
-    let inputs = Ragged::from_rows(datapoints.iter().map(|d| d.input_ids.as_slice()));
     arrays.ragged("input_ids", "input_offsets", &inputs);
-    let placeholders = Ragged::from_rows(datapoints.iter().map(|d| d.placeholders.as_slice()));
     arrays.ragged("placeholders", "placeholder_offsets", &placeholders);
-    let layers = Ragged::from_rows(datapoints.iter().map(|d| d.layers.as_slice()));
     arrays.flat("layers", &layers.values);
-    let positions = Ragged::from_rows(datapoints.iter().map(|d| d.read_positions.as_slice()));
     arrays.flat("read_positions", &positions.values);
     arrays.ragged("context_ids", "context_offsets", &contexts.stored);
     arrays.flat("context", &contexts.rows);
@@ -113,9 +115,7 @@ fn duplicates(datapoints: &[Datapoint]) -> u64 {
         let mut hasher = Xxh3::new();
         for part in [&datapoint.input_ids, &*datapoint.context_ids, &datapoint.read_positions] {
             hasher.update(&part.len().to_le_bytes());
-            for value in part {
-                hasher.update(&value.to_le_bytes());
-            }
+            hasher.update(bytemuck::cast_slice(part));
         }
         !seen.insert(hasher.digest128())
     };
@@ -134,30 +134,21 @@ fn sources_of(datapoints: &[Datapoint]) -> Result<Vec<&str>> {
 
 /// Arrays by name, as bytes.
 #[derive(Default)]
-struct Arrays(Vec<(&'static str, Dtype, usize, Vec<u8>)>);
+struct Arrays<'a>(Vec<(&'static str, Dtype, usize, Cow<'a, [u8]>)>);
 
-impl Arrays {
-    fn flat<T: Stored>(&mut self, name: &'static str, values: &[T]) {
-        self.0.push((name, T::DTYPE, values.len(), T::to_bytes(values)));
+impl<'a> Arrays<'a> {
+    fn flat<T: Stored>(&mut self, name: &'static str, values: &'a [T]) {
+        self.0.push((name, T::DTYPE, values.len(), Cow::Borrowed(bytemuck::cast_slice(values))));
     }
 
     fn each<T: Stored>(&mut self, name: &'static str, datapoints: &[Datapoint], value: impl Fn(&Datapoint) -> T) {
-        self.flat(name, &datapoints.iter().map(value).collect::<Vec<_>>());
+        let values: Vec<T> = datapoints.iter().map(value).collect();
+        self.0.push((name, T::DTYPE, values.len(), Cow::Owned(bytemuck::cast_slice(&values).to_vec())));
     }
 
-    fn ragged<T: Stored>(&mut self, values: &'static str, offsets: &'static str, rows: &Ragged<T>) {
+    fn ragged<T: Stored>(&mut self, values: &'static str, offsets: &'static str, rows: &'a Ragged<T>) {
         self.flat(values, &rows.values);
         self.flat(offsets, &rows.offsets);
-    }
-
-    fn texts(
-        &mut self,
-        values: &'static str,
-        offsets: &'static str,
-        datapoints: &[Datapoint],
-        text: impl Fn(&Datapoint) -> &str,
-    ) {
-        self.ragged(values, offsets, &Ragged::from_rows(datapoints.iter().map(|d| text(d).as_bytes())));
     }
 
     fn serialize(&self, metadata: &Value) -> Result<Vec<u8>> {
