@@ -82,10 +82,11 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
     family = args.family[0]
     made = reference.Reference(corpus.model(family), end_of_turn=corpus.END_OF_TURN[family])
     args.out.mkdir()
+    of = heads(args.examples, args.limit)  # most of what is read for them is not needed, so it is not timed
 
     def work() -> int:
         datapoints = []
-        for source, example in sample(args.examples, args.limit):
+        for source, example in expanded(of):
             try:
                 datapoints += made.build(reference.Settings(**LAYERS), source, example)
             except reference.Dropped:
@@ -98,8 +99,8 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
     return {"examples": count, "bytes": measure.folder_bytes(args.out), **figures}
 
 
-def sample(examples: int, limit: int) -> list[tuple[dict[str, Any], Any]]:
-    """The examples of the first rows of every file, about `limit`; they have the same ids as in the whole mixture."""
+def heads(examples: int, limit: int) -> list[tuple[dict[str, Any], list[Any]]]:
+    """The sources with the first rows of their files, for about `limit` examples; ids are those of the whole mixture."""
     import reference
 
     from ao.config import parse_recipe, to_dict
@@ -119,8 +120,15 @@ def sample(examples: int, limit: int) -> list[tuple[dict[str, Any], Any]]:
                 total = sum(1 for _ in file)
                 file.seek(0)
                 tables = [reference.Table(source["name"], list(map(json.loads, islice(file, ceil(total * share)))))]
-        found += [(source, example) for example in reference.examples(source, tables, seed=recipe.data.seed)]
+        found.append((source, tables))
     return found
+
+
+def expanded(of: list[tuple[dict[str, Any], list[Any]]]) -> list[tuple[dict[str, Any], Any]]:
+    """Each example with its source."""
+    import reference
+
+    return [(source, example) for source, tables in of for example in reference.examples(source, tables, seed=0)]
 
 
 # --- The comparison --------------------------------------------------------------------------------------------------
@@ -196,7 +204,7 @@ class Comparison:
 
         self.run("reference")
         expected = {each.id: each for each in pickle.loads((self.folder / "again/datapoints.pickle").read_bytes())}  # noqa: S301
-        for _, example in sample(self.args.examples, self.limits["reference"]):
+        for _, example in expanded(heads(self.args.examples, self.limits["reference"])):
             if (example.id in where) != (example.id in expected):
                 raise SystemExit(f"{example.id}: only one of ours and the reference keeps it")
         for name, wanted in expected.items():
@@ -206,7 +214,9 @@ class Comparison:
                     raise SystemExit(f"{name}: {field} is not the reference's")
 
         asked = [
-            (each, where[each.id]) for _, each in sample(self.args.examples, self.limits["library"]) if each.id in where
+            (each, where[each.id])
+            for _, each in expanded(heads(self.args.examples, self.limits["library"]))
+            if each.id in where
         ]
         contexts = {each.unit: each.context for each, _ in asked}
         write_lines(self.folder / "contexts.jsonl", contexts.values())
