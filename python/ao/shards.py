@@ -59,23 +59,36 @@ class Datapoint:
 
 
 class _Shard:
+    """One shard, mapped and checked when it is first read: a set of a thousand shards opens at once."""
+
     def __init__(self, path: Path, *, num_bytes: int, num_datapoints: int) -> None:
         size = path.stat().st_size
         if size != num_bytes:
             raise ValueError(f"{path}: expected {num_bytes} bytes, got {size}; the shard is damaged, rerun ao-pack")
-        layout = _ao.shard_layout(str(path))
-        with open(path, "rb") as file:
+        self.path = path
+        self.num_datapoints = num_datapoints
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        layout = _ao.shard_layout(str(self.path))
+        with open(self.path, "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.arrays = {
-            name: np.frombuffer(mapping, _DTYPES[dtype], count=int(np.prod(shape)), offset=offset).reshape(shape)
-            for name, dtype, shape, offset in layout
-        }
-        found = len(self.arrays["answer_start"])
-        if found != num_datapoints:
+        arrays = {}
+        for name, dtype, shape, offset in layout:
+            count = int(np.prod(shape))
+            # NumPy takes no view of nothing at the end of a buffer.
+            view = np.frombuffer(mapping, _DTYPES[dtype], count=count, offset=offset) if count else np.empty(0)
+            arrays[name] = view.astype(_DTYPES[dtype], copy=False).reshape(shape)
+        found = len(arrays["answer_start"])
+        if found != self.num_datapoints:
             raise ValueError(
-                f"{path}: manifest.json says {num_datapoints} datapoints, the shard has {found}; rerun ao-pack"
+                f"{self.path}: manifest.json says {self.num_datapoints} datapoints, the shard has {found}; rerun ao-pack"
             )
-        self.sources: list[str] = json.loads(_ao.shard_metadata(str(path)))["sources"]
+        return arrays
+
+    @cached_property
+    def sources(self) -> list[str]:
+        return json.loads(_ao.shard_metadata(str(self.path)))["sources"]
 
     def row(self, values: str, offsets: str, index: int) -> np.ndarray:
         start, stop = self.arrays[offsets][index : index + 2]
@@ -111,19 +124,20 @@ class PackedDataset:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
-        self._starts = np.cumsum([0, *(len(shard.arrays["answer_start"]) for shard in shards)])
+        self._starts = np.cumsum([0, *(shard.num_datapoints for shard in shards)])
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> PackedDataset:
-        """Map the shards of a folder that `ao-pack` wrote.
+        """Open a folder that `ao-pack` wrote. Each shard is mapped, and its structure checked, when it is first read.
 
         Args:
             path: The folder.
-            verify: Also compare the checksum of every shard.
+            verify: Check every shard now, its structure and its checksum.
 
         Raises:
-            FileNotFoundError: no finished data set is there.
-            ValueError: it is damaged, or of another schema.
+            FileNotFoundError: no finished data set is there, or a shard is missing.
+            ValueError: a shard has not the size that the manifest says, or the set is of another schema; when a shard is
+                read, also: its structure is damaged.
         """
         folder = Path(path)
         if not (folder / "manifest.json").is_file():
@@ -142,6 +156,7 @@ class PackedDataset:
             shards.append(_Shard(file, num_bytes=entry["bytes"], num_datapoints=entry["datapoints"]))
             if verify:
                 _ao.verify_shard(str(file), entry["sha256"])
+                _ = shards[-1].arrays
         data = cls(folder, manifest=manifest, shards=shards)
         if (expected := manifest["counts"]["datapoints"]) != len(data):
             raise ValueError(
@@ -188,6 +203,8 @@ class PackedDataset:
         found: set[tuple[int, ...]] = set()
         for shard in self._shards:
             layers, offsets = shard.arrays["layers"], shard.arrays["placeholder_offsets"]
+            if not len(layers):
+                continue
             begins = np.append(True, layers[1:] != layers[:-1])
             begins[offsets[:-1]] = True
             where = np.flatnonzero(begins)

@@ -9,6 +9,7 @@ import tiny
 from ao.config import parse_recipe
 from ao.pack import pack
 from ao.prompt import framer, identity
+from ao import _ao
 from ao.shards import PackedDataset
 
 
@@ -123,3 +124,23 @@ def test_a_model_with_another_tokenizer_is_refused(packed: Path, model: str, tmp
         data.require(oracle={"tokenizer": other})
     with pytest.raises(ValueError, match="packed for a target with num_layers 8, got 9"):
         data.require(target={"num_layers": 9})
+
+
+def test_a_shard_of_which_nothing_was_kept_is_empty(tmp_path: Path) -> None:
+    """Shard numbers count examples offered, so one may hold nothing; columns and rows pass over it."""
+    from test_binding import TABLE, golden_framer, json_rows, settings, settled
+
+    examples = [
+        {"id": f"e{i}", "context": "the sea " * (1 if i != 1 else 400), "question": "Is it?", "answer": "Yes"}
+        for i in range(3)
+    ]
+    changes = {"examples_per_shard": 1, "oracle": {}, "targets": {"base": {}}}
+    writer = _ao.PackWriter(tmp_path / "p", golden_framer(), settings(**changes))
+    writer.add(settled(kind="records"), TABLE, json_rows(examples), 0)
+    writer.finish()
+    data = PackedDataset.open(tmp_path / "p", verify=True)
+    assert [shard["datapoints"] for shard in data.manifest["shards"]] == [1, 0, 1]
+    assert [datapoint.id for datapoint in data] == ["e0", "e2"]
+    assert len(data.lengths) == len(data.groups) == len(data.kinds) == 2
+    assert data.layer_combinations == [(1, 2)]
+    assert data.groups.tolist() == [0, 1]
