@@ -98,12 +98,12 @@ class Plan:
             ValueError: a setting cannot be used, or a datapoint exceeds a row and may not stand alone.
         """
         if not settings.longer_alone and len(long := longer(data, settings)):
-            point, budget = data[int(long[0])], settings.tokens_per_row
+            point, contexts = data[int(long[0])], settings.context_tokens_per_row
+            budgets = f"{settings.tokens_per_row}" + ("" if contexts is None else f" and {contexts} context tokens")
             raise ValueError(
                 f"plan: datapoint {point.id!r} has {len(point.input_ids)} input and {len(point.context_ids)} context "
-                f"tokens, and {len(long) - 1} others are too long as well for a row of {budget} (context "
-                f"{settings.context_tokens_per_row}); raise the budget, lower data.max_input_tokens when packing, or let "
-                "each have a row of its own (longer_alone)"
+                f"tokens, too many for a row of {budgets}, and so have {len(long) - 1} others; raise the budget, lower "
+                "data.max_input_tokens when packing, or let each have a row of its own (longer_alone)"
             )
         passed = asdict(settings)
         if settings.examples_per_step is None and settings.tokens_per_step is None:
@@ -233,13 +233,14 @@ class Plan:
                 f"{path}: expected a plan of schema {SCHEMA}, got kind {found[0]!r}, schema {found[1]!r}; make it again "
                 "with ao plan"
             )
-        plan = cls(
-            settings=PlanSettings(**described["settings"]),
-            data_sha256=described["data"]["manifest_sha256"],
-            num_datapoints=described["data"]["datapoints"],
-            context_tokens=described["context_tokens"],
-            **_checked(path, arrays, described["data"]["datapoints"]),
-        )
+        try:
+            settings, of = PlanSettings(**described["settings"]), described["data"]
+            fields = (settings, of["manifest_sha256"], of["datapoints"], described["context_tokens"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: damaged: its metadata lack something: {error}; make it again with ao plan"
+            ) from None
+        plan = cls(*fields, **_checked(path, arrays, of["datapoints"]))
         if data is not None:
             plan.require(data)
         return plan
@@ -265,9 +266,9 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], num_datapoints: int) -> 
             raise ValueError(f"{path}: damaged: {what}; make it again with ao plan")
 
     for name, dtype in _ARRAYS.items():
-        array = arrays.get(name)
-        require(f"the array {name!r} is missing", array is not None)
-        require(f"the array {name!r} is not a list of {dtype.__name__}", array.dtype == dtype and array.ndim == 1)
+        require(f"the array {name!r} is missing", name in arrays)
+        fits = arrays[name].dtype == dtype and arrays[name].ndim == 1
+        require(f"the array {name!r} is not a list of {dtype.__name__}", fits)
     order, rows, steps = arrays["order"], arrays["row_offsets"], arrays["step_offsets"]
     for name, offsets, end in (("row_offsets", rows, len(order)), ("step_offsets", steps, len(rows) - 1)):
         whole = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == end and (np.diff(offsets) > 0).all()
@@ -298,14 +299,14 @@ def compare(data: PackedDataset, settings: PlanSettings, budgets: Sequence[int])
         For each budget `{"tokens_per_row", "longer", "plan"}`: how many datapoints exceed a row, and the plan's
         statistics, or None where some do and may not stand alone.
     """
-    table = []
+    found = []
     for budget in budgets:
         each = replace(settings, tokens_per_row=budget)
         num_longer = len(longer(data, each))
         possible = num_longer == 0 or settings.longer_alone
         plan = Plan.make(data, each).statistics() if possible else None
-        table.append({"tokens_per_row": budget, "longer": num_longer, "plan": plan})
-    return table
+        found.append({"tokens_per_row": budget, "longer": num_longer, "plan": plan})
+    return found
 
 
 def table(budgets: Sequence[dict[str, Any]]) -> str:

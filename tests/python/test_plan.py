@@ -138,7 +138,7 @@ def test_what_is_longer_than_a_row_is_named_or_stands_alone(data: PackedDataset)
     longest = int(data.lengths.max())
     short = replace(ROWS, tokens_per_row=longest - 1)
     first = data[int(np.flatnonzero(data.lengths == longest)[0])].id
-    with pytest.raises(ValueError, match=rf"'{first}' has {longest} input .*a row of {longest - 1}"):
+    with pytest.raises(ValueError, match=rf"'{first}' has {longest} input .*too many for a row of {longest - 1}, and"):
         Plan.make(data, short)
     made = Plan.make(data, replace(short, longer_alone=True))
     above = made.row_tokens > longest - 1
@@ -243,6 +243,15 @@ def test_an_order_that_leads_nowhere_is_refused(wrong: int | None, data: PackedD
     order[0] = order[1] if wrong is None else wrong
     damaged(path, order=order)
     with pytest.raises(ValueError, match="different numbers below 450"):
+        Plan.load(path)
+
+
+def test_metadata_that_lack_something_are_refused(data: PackedDataset, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    Plan.make(data, ROWS).save(path)
+    described = {"kind": "plan", "schema": 1, "settings": {"tokens_per_row": 3}}
+    path.write_bytes(save(load(path.read_bytes()), metadata={"ao": json.dumps(described)}))
+    with pytest.raises(ValueError, match="damaged: its metadata lack something: 'data'"):
         Plan.load(path)
 
 
