@@ -8,6 +8,7 @@ A source is a dict with the keys of a recipe's `[[data.sources]]`, all of them; 
 
 import csv
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,9 +142,13 @@ def context_prediction(source: dict[str, Any], tables: list[Table], seed: int) -
 def classification(source: dict[str, Any], tables: list[Table], seed: int) -> list[Example]:
     """Each labelled text with some of the questions: about a label, right or wrong, or for the label."""
     texts = labelled_texts(source, tables, seed)
-    labels = sorted({label for _, _, label in texts})
+    left_out = {label for label, wordings in source["labels"].items() if not wordings}
+    labels = sorted({label for _, _, label, _ in texts} - left_out)
     found = []
-    for unit, text, label in texts:
+    for unit, text, label, row in texts:
+        if label in left_out:
+            found.append(Example(f"{unit}/0", unit, text, dropped="label_left_out"))
+            continue
         order = list(range(len(source["questions"])))
         Draws(seed, unit, "templates").shuffle(order)
         for number in range(source["questions_per_text"]):
@@ -153,9 +158,9 @@ def classification(source: dict[str, Any], tables: list[Table], seed: int) -> li
                 draws = Draws(seed, name, "label")
                 others = [other for other in labels if not wordings(source, other) & wordings(source, label)]
                 answer, shown = ("Yes", label) if draws.below(2) == 0 else ("No", others[draws.below(len(others))])
-                question = template.replace("{label}", phrasing(source, seed, name, shown))
+                question = asked(template, row, phrasing(source, seed, name, shown))
             else:
-                question, answer = template, phrasing(source, seed, name, label)
+                question, answer = asked(template, row, ""), phrasing(source, seed, name, label)
             context = [{"role": "user", "content": text}]
             read = [{"message": 0, "start": 0, "end": len(text)}]
             question = source["prefix"] + question
@@ -163,12 +168,19 @@ def classification(source: dict[str, Any], tables: list[Table], seed: int) -> li
     return found
 
 
-def labelled_texts(source: dict[str, Any], tables: list[Table], seed: int) -> list[tuple[str, str, str]]:
-    """Id, text and label of each text; a row of a relation file makes a true and a false statement."""
+def asked(template: str, row: dict[str, Any], label: str) -> str:
+    """A question with its keys in braces filled in."""
+    return re.sub(r"\{([^{}]+)\}", lambda key: label if key[1] == "label" else row[key[1]].strip(), template)
+
+
+def labelled_texts(
+    source: dict[str, Any], tables: list[Table], seed: int
+) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Id, text, label and row of each text; a row of a relation file makes a true and a false statement."""
     texts = []
     for table, unit, row in numbered(tables):
         if table.templates is None:
-            texts.append((unit, filled(source["text"], row), label_text(row[source["label"]])))
+            texts.append((unit, filled(source["text"], row), label_text(row[source["label"]]), row))
             continue
         subject, right = row["subject"].strip(), row["object"].strip()
         pairs = [(other["subject"].strip(), other["object"].strip()) for other in table.rows if other is not None]
@@ -177,8 +189,8 @@ def labelled_texts(source: dict[str, Any], tables: list[Table], seed: int) -> li
         template = table.templates[Draws(seed, unit, "relation").below(len(table.templates))]
         other = wrong[Draws(seed, unit, "wrong_object").below(len(wrong))]
         statement = template.replace("{}", subject, 1).strip()
-        texts.append((f"{unit}/true", f"{statement} {right}.", "true"))
-        texts.append((f"{unit}/false", f"{statement} {other}.", "false"))
+        texts.append((f"{unit}/true", f"{statement} {right}.", "true", row))
+        texts.append((f"{unit}/false", f"{statement} {other}.", "false", row))
     return texts
 
 

@@ -157,6 +157,35 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Let the target answer prompts, for context prediction on its own words (`within = "assistant"`)."""
+
+    recipe: tyro.conf.Positional[Path]
+    """The recipe, a TOML file; names the model."""
+    prompts: Path
+    """Texts or chats: JSONL, Parquet, CSV or a text file."""
+    out: Path
+    """JSONL file of the chats; prompts that it answers already are passed over."""
+    text: str = "text"
+    """Column of the prompts' text."""
+    count: int | None = None
+    """Prompts taken, from the first one on; all without a number."""
+    max_new_tokens: int = 200
+    """Longest answer."""
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    persona_share: float = 0.5
+    """Share of the prompts that get a persona as system turn."""
+    personas: Path | None = None
+    """Text file, a persona a line, instead of the built-in ones."""
+    seed: int = 0
+    """Keys personas and answers."""
+    json: bool = False
+    """One JSON object on stdout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Pack, train, score and ask an oracle on the embedded demo world: two minutes on a laptop."""
 
@@ -172,7 +201,15 @@ class Demo:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `ao`."""
-    commands = {"demo": Demo, "train": Train, "ask": Ask, "eval": Eval, "pack": Pack, "plan": Plan}
+    commands = {
+        "demo": Demo,
+        "train": Train,
+        "ask": Ask,
+        "eval": Eval,
+        "pack": Pack,
+        "plan": Plan,
+        "rollouts": Rollouts,
+    }
     _run(commands, list(sys.argv[1:] if args is None else args), program="ao")
 
 
@@ -190,6 +227,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         Eval: _eval,
         Ask: _ask,
         Demo: _demo,
+        Rollouts: _rollouts,
     }
     as_json = "--json" in args
     command: Any = None
@@ -246,10 +284,11 @@ def _parse(commands: dict[str, type], args: list[str], program: str) -> Any:
     parts = {name: getattr(recipe, name) for name in ("model", "data", "train", "eval") if name in names}
     if kind is not Pack:
         parts.pop("data", None)
-    return tyro.cli(kind, default=kind(recipe=Path(files[0]), **parts), args=rest, prog=program)
+    asked = {name: tyro.MISSING for name in ("prompts", "out") if name in names and kind is Rollouts}
+    return tyro.cli(kind, default=kind(recipe=Path(files[0]), **parts, **asked), args=rest, prog=program)
 
 
-def _recipe(command: Pack | Train | Eval) -> Recipe:
+def _recipe(command: Pack | Train | Eval | Rollouts) -> Recipe:
     """The recipe with the command's flags put in."""
     parts = {
         name: value
@@ -364,6 +403,30 @@ def _ask(command: Ask) -> dict[str, Any]:
         for answer in answers:
             print(_line(answer))
     return {"question": command.question, "answers": [_plain(answer) for answer in answers]}
+
+
+def _rollouts(command: Rollouts) -> dict[str, Any]:
+    from ao.rollouts import PERSONAS, rollouts
+
+    personas = PERSONAS
+    if command.personas is not None:
+        personas = tuple(filter(None, map(str.strip, command.personas.read_text(encoding="utf-8").splitlines())))
+    record = rollouts(
+        _recipe(command).model,
+        prompts=command.prompts,
+        out=command.out,
+        text=command.text,
+        count=command.count,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        persona_share=command.persona_share,
+        personas=personas,
+        seed=command.seed,
+        progress=True,
+    )
+    if not command.json:
+        print("\n".join(f"{name:>10}  {value}" for name, value in record.items()))
+    return record
 
 
 def _demo(command: Demo) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _native(source: _Found, seed: int, root: Path) -> Source:
     }[config.kind]
     settings = {name: values[name] for name in ("name", "kind", "layers_per_example", *kind) if name in values}
     settings["seed"] = seed
-    if source.count is not None and not _gives_count(config):
+    if source.count is not None and not readers.gives_count(config):
         settings["count"] = source.count
     if config.kind != "context_prediction":
         settings["reads"] = _reads(config)
@@ -243,15 +243,6 @@ def _native(source: _Found, seed: int, root: Path) -> Source:
     if config.kind == "latentqa":
         settings["questions"] = readers.questions(root / str(config.path))
     return Source(canonical_json(settings))
-
-
-def _gives_count(config: SourceConfig) -> bool:
-    """Whether as many rows are read as give the count, so that none of their examples has to be left out."""
-    rows = readers.needed_rows(config)
-    if config.dataset is None or rows is None or config.count is None:
-        return False
-    per_row = {"classification": "questions_per_text", "context_prediction": "draws_per_text"}.get(config.kind)
-    return rows * (getattr(config, per_row) if per_row else 1) <= config.count
 
 
 def _reads(config: Any) -> list[dict[str, Any]]:

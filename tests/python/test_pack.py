@@ -1,5 +1,7 @@
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from reference import Reference
 
 import real_data
 import tiny
-from ao.config import parse_recipe, to_dict
+from ao.config import DataConfig, ModelConfig, load_recipe, parse_recipe, to_dict
 from ao.pack import merge, pack, summary_text
 from ao.prompt import model_folder, resolve_layer
 from ao.shards import PackedDataset
@@ -355,6 +357,83 @@ def test_a_target_with_another_tokenizer_is_refused(tmp_path: Path, model: str) 
     recipe = parse_recipe({"model": {"name": model, "target": str(other)}, "data": {"sources": [source]}})
     with pytest.raises(ValueError, match="has another template than"):
         pack(recipe, root=tmp_path, out=tmp_path / "packed")
+
+
+HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
+    "HuggingFaceFW/fineweb": ([{"text": "She will go to the city of Paris and then to the park.", "dump": "x"}], {}),
+    "lmsys/lmsys-chat-1m": ([{"conversation": [USER, REPLY], "model": "m"}], {}),
+    "stanfordnlp/sst2": (
+        [{"idx": i, "sentence": "A fine film. ", "label": i % 2} for i in range(2)],
+        {"label": ["negative", "positive"]},
+    ),
+    "facebook/md_gender_bias": (
+        [{"text": "She went.", "title": "Ada", "persona": [], "gender": i} for i in range(3)],
+        {"gender": ["gender-neutral", "female", "male"]},
+    ),
+    "stanfordnlp/snli": (
+        [{"premise": "She went to the park.", "hypothesis": "She is in a {park}.", "label": i - 1} for i in range(4)],
+        {"label": ["entailment", "neutral", "contradiction"]},
+    ),
+    "FrancophonIA/WiLI-2018": ([{"Text": "A text.", "language": name} for name in ("English", "Dutch")], {}),
+    "fancyzhx/ag_news": (
+        [{"text": "A match.", "label": i % 4} for i in range(4)],
+        {"label": ["World", "Sports", "Business", "Sci/Tech"]},
+    ),
+}
+"""A few rows of each data set that the paper's recipe streams, with its columns and classes."""
+
+
+@real_data.needed
+def test_the_papers_mixture_and_its_held_out_sets_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, *args: object, **values: object) -> Any:
+        rows, classes = HUB[name]
+        table = datasets.Dataset.from_list(rows * (60 // len(rows)))
+        for column, names in classes.items():
+            table = table.cast_column(column, datasets.ClassLabel(names=names))
+        return table.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in ("latentqa", "classification"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        shutil.copytree(real_data.FOLDER / name, tmp_path / "data" / name, copy_function=shutil.copyfile)
+    named = tmp_path / "data/classification"
+    write_lines(named / "ner.jsonl", [{"text": f"{who} went.", "entity": who} for who in ("Ada", "Bob") * 40])
+    for file in ("headlines/21_headline_istrump", "headlines/22_headline_isobama", "headlines/23_headline_ischina"):
+        (named / "headlines").mkdir(exist_ok=True)
+        (named / f"{file}.csv").write_text("prompt,target\nA headline,1\nAnother one,0\n")
+    (named / "historical_figures").mkdir()
+    (named / "historical_figures/5_hist_fig_ismale.csv").write_text("prompt,target\nAda,0\nBob,1\n")
+    shutil.copytree(Path(__file__).parents[2] / "recipes", tmp_path / "recipes")
+    recipe = load_recipe(tmp_path / "recipes/gemma-4-31b-it.toml")
+    recipe = replace(recipe, model=ModelConfig(name="demo"), data=replace(recipe.data, examples=600))
+    summary = pack(recipe, root=tmp_path / "recipes", out=tmp_path / "packed")
+    data = PackedDataset.open(tmp_path / "packed", verify=True)
+    by_source: dict[str, list[Any]] = {}
+    for datapoint in data:
+        by_source.setdefault(datapoint.source, []).append(datapoint)
+    assert {name: counts["examples"] for name, counts in summary["sources"].items() if name != "chats"} == {
+        "latentqa": 64, "web_text": 60, "geometry_of_truth": 48, "relations": 48, "sst2": 48,
+        "md_gender": 48, "snli": 30, "ner": 48, "tense": 48,
+    }  # fmt: skip
+    assert summary["drops"]["label_left_out"] == 20 + 30
+    assert len(by_source["web_text"]) == 180
+    assert {point.answer for point in by_source["snli"]} == {"Yes", "No"}
+    assert all(point.question.endswith(" She is in a {park}.") for point in by_source["snli"])
+    assert all("{" not in point.question for name in by_source if name != "snli" for point in by_source[name])
+    asked = {point.question.rsplit("someone ", 1)[-1] for point in by_source["md_gender"]}
+    assert any("a woman" in question for question in asked)
+    assert not any("neutral" in question for question in asked)
+    chat = by_source["chats"][0]
+    assert chat.context_ids.size > 5
+    for task in recipe.eval.tasks:
+        held_out = replace(recipe, data=DataConfig(sources=task.sources, read_depths=(0.5,)))
+        name = task.name
+        pack(held_out, root=tmp_path / "recipes", out=tmp_path / name)
+        points = list(PackedDataset.open(tmp_path / name))
+        assert {point.answer for point in points} == {"Yes", "No"}, name
+        assert all(len(point.read_positions) == 1 for point in points)
 
 
 @real_data.needed

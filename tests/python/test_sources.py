@@ -16,7 +16,7 @@ import pytest
 import real_data
 from ao import sources
 from ao.config import SourceConfig, parse_recipe
-from ao.sources import files
+from ao.sources import files, hub
 from ao.sources.ahead import ahead
 
 CONTEXTS = {"kind": "context_prediction"}
@@ -306,7 +306,16 @@ def test_a_streamed_set_is_read_in_order(monkeypatch: pytest.MonkeyPatch, tmp_pa
     asked: list[Any] = []
     stream(monkeypatch, asked=asked)
     found = read(tmp_path, dataset="o/n", subset="x", revision="r", **LABELLED)
-    assert asked == [(("o/n", "x"), {"split": "train", "revision": "r", "streaming": True})]
+    values = {"data_dir": None, "split": "train", "revision": "r", "streaming": True}
+    assert asked == [(("o/n", "x"), values)]
+    # What the branch is now is what both passes read, and what is recorded.
+    monkeypatch.setattr(hub, "_commit", lambda config: "c0ffee")
+    copied = config(dataset="o/n", subset="x", revision="refs/convert/parquet", **LABELLED)
+    [entry] = sources.inputs(copied, sources.tables(copied, root=tmp_path, seed=0), root=tmp_path)
+    assert asked[1] == (("o/n", None), values | {"data_dir": "x", "revision": "c0ffee"})
+    assert (entry["revision"], entry["fingerprint"]) == ("refs/convert/parquet", "c0ffee")
+    monkeypatch.undo()
+    stream(monkeypatch)
     assert [row["sentence"] for row in plain(found)] == [f"S {index}." for index in range(30)]
     assert [row["tense"] for row in plain(found)][:5] == NAMES
     assert found[0].table == {"prefix": "s", "origin": "o/n (x, train, r)", "unit": "row"}
@@ -331,6 +340,7 @@ def test_some_rows_of_a_stream_come_from_its_shuffle(monkeypatch: pytest.MonkeyP
     # A count is as many rows as give it.
     assert drawn(0, count=20, questions_per_text=2) == ten
     assert len(drawn(0, count=21, questions_per_text=2)) == 11
+    assert len(drawn(0, count=20, labels={"past": "past", "present": []})) == 60
 
 
 @pytest.mark.parametrize(

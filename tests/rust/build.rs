@@ -275,6 +275,42 @@ fn labelled_texts_are_asked_about_labels_that_are_not_worded_alike() {
 }
 
 #[test]
+fn labels_are_left_out_and_questions_name_columns() {
+    let framer = common::gemma();
+    let described = json!({"name": "snli", "kind": "classification", "seed": 3, "count": 30, "text": "premise",
+        "label": "y", "questions": ["Does {claim} follow? {label} {", "So: {claim}"],
+        "labels": {"0": ["Yes"], "1": [], "2": ["No"]}, "questions_per_text": 2,
+        "reads": [{"share": 1, "all": true}]});
+    let rows: Vec<Value> = (0..40)
+        .map(|at| json!({"premise": format!("He went {at}."), "claim": format!("{{label}} {at}"), "y": at % 3}))
+        .collect();
+    let (source, _) = surveyed(&described, &rows);
+    let datapoints = packed(&framer, &settings(), &source, &described, &rows);
+    assert_eq!(datapoints.len(), 30, "the count is of those that are not left out");
+    for datapoint in &datapoints {
+        let number: usize = datapoint.id.split('/').nth(1).unwrap().parse().unwrap();
+        let own = ["Yes", "", "No"][number % 3];
+        assert_ne!(own, "", "{datapoint:?}");
+        if let Some(asked) = datapoint.question.strip_prefix(&format!("Does {{label}} {number} follow? ")) {
+            let asked = asked.strip_suffix(" {").unwrap();
+            assert!(["Yes", "No"].contains(&asked), "{datapoint:?}");
+            assert_eq!(&*datapoint.answer, if asked == own { "Yes" } else { "No" }, "{datapoint:?}");
+        } else {
+            assert_eq!(&*datapoint.question, format!("So: {{label}} {number}"));
+            assert_eq!(&*datapoint.answer, own);
+        }
+    }
+    let missing = json!({"premise": "He went.", "y": 0});
+    let (source, _) = surveyed(&described, std::slice::from_ref(&missing));
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &settings()).unwrap();
+    let row = missing.to_string();
+    let table = common::table(&described);
+    writer.add(&framer, &source, &table, 0, &[row.as_bytes()]).unwrap();
+    assert!(writer.finish(&framer).unwrap_err().to_string().contains("\"claim\""));
+}
+
+#[test]
 fn unanswerable_examples_read_another_labels_context() {
     let framer = common::gemma();
     let questions = json!({"a": [["What is a?", "It is a."]], "b": [["What is b?", "It is b."]], "c": []});

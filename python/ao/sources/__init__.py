@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ao.config import SourceConfig
+from ao.config import ClassificationSource, ContextPredictionSource, SourceConfig
 from ao.sources.ahead import ahead
 from ao.sources.columns import Columns
 from ao.sources.files import file_tables
@@ -21,7 +21,7 @@ from ao.sources.table import Table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Rows", "Table", "inputs", "needed_rows", "questions", "rows", "tables", "words"]
+__all__ = ["Rows", "Table", "gives_count", "inputs", "needed_rows", "questions", "rows", "tables", "words"]
 
 READ_AHEAD = 4
 """Batches that are read while others are packed."""
@@ -71,11 +71,32 @@ def tables(config: SourceConfig, *, root: Path, seed: int) -> list[Table]:
 
 
 def needed_rows(config: SourceConfig) -> int | None:
-    """Rows of a streamed data set that give `config.count` examples, or `config.rows`; None for all."""
+    """Rows of a streamed data set that give `config.count` examples, or `config.rows`; None for all.
+
+    Where rows of some labels are left out these are three times as many.
+    """
     if config.rows is not None or config.count is None or config.dataset is None:
         return config.rows
-    per_row = {"classification": "questions_per_text", "context_prediction": "draws_per_text"}.get(config.kind)
-    return -(-config.count // (getattr(config, per_row) if per_row else 1))
+    rows = -(-config.count // _examples_per_row(config))
+    return 3 * rows if config.kind == "classification" and not all(config.labels.values()) else rows
+
+
+def gives_count(config: SourceConfig) -> bool:
+    """Whether just as many rows are read as `config.count` needs, so that no example has to be drawn or left out."""
+    rows = needed_rows(config)
+    if config.dataset is None or rows is None or config.count is None:
+        return False
+    return rows * _examples_per_row(config) <= config.count
+
+
+def _examples_per_row(config: SourceConfig) -> int:
+    match config:
+        case ClassificationSource():
+            return config.questions_per_text
+        case ContextPredictionSource():
+            return config.draws_per_text
+        case _:
+            return 1
 
 
 def rows(config: SourceConfig, *, root: Path, seed: int, found: list[Table] | None = None) -> Iterator[Rows]:

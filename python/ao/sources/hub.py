@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHUFFLE_BUFFER = 10_000
 """Rows that a stream's shuffle draws from, where not all rows are read."""
+PARQUET_COPY = "refs/convert/parquet"
+"""Branch on which the Hub keeps data sets converted to Parquet."""
 ROWS = 1000
 """Rows of a batch."""
 
@@ -40,7 +42,8 @@ def hub_table(config: SourceConfig, *, columns: Columns, seed: int, limit: int |
     """
     split = config.split or "train"
     where = f"{config.dataset} ({', '.join(filter(None, (config.subset, split, config.revision)))})"
-    stream = _load(config, split, where)
+    commit = _commit(config)
+    stream = _load(config, split, commit, where)
     features = dict(stream.features or {})
     names = list(stream.column_names or features or next(iter(stream.take(1)), {}))
     chosen = columns.chosen(names, where=where)
@@ -58,7 +61,7 @@ def hub_table(config: SourceConfig, *, columns: Columns, seed: int, limit: int |
         "subset": config.subset,
         "split": split,
         "revision": config.revision,
-        "fingerprint": _version(stream),
+        "fingerprint": commit,
     }
     return Table(
         described={"prefix": config.name, "origin": where, "unit": "row"},
@@ -108,14 +111,32 @@ def _record_batches(
             first_row += batch.num_rows
 
 
-def _load(config: SourceConfig, split: str, where: str) -> IterableDataset:
+def _commit(config: SourceConfig) -> str | None:
+    """The commit that the revision is now, so that every pass reads the same; None where the Hub does not tell."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().dataset_info(str(config.dataset), revision=config.revision).sha
+    except (HfHubHTTPError, OSError):
+        return None  # Loading it fails next, with what there is to say.
+
+
+def _load(config: SourceConfig, split: str, commit: str | None, where: str) -> IterableDataset:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     name = f"source {config.name!r}: data set {where}"
+    # The branch with the Hub's own Parquet copies has a folder for each subset, and no list of them.
+    is_copy = config.revision == PARQUET_COPY
     try:
         return datasets.load_dataset(
-            str(config.dataset), config.subset, split=split, revision=config.revision, streaming=True
+            str(config.dataset),
+            None if is_copy else config.subset,
+            data_dir=config.subset if is_copy else None,
+            split=split,
+            revision=commit or config.revision,
+            streaming=True,
         )
     except DatasetNotFoundError as error:
         if "gated" in str(error).lower():
@@ -133,15 +154,9 @@ def _load(config: SourceConfig, split: str, where: str) -> IterableDataset:
         if "scripts are no longer supported" not in str(error):
             raise
         raise ValueError(
-            f'{name} is a script, which is not run; the Hub keeps a copy as Parquet: revision = "refs/convert/parquet"'
+            f'{name} is a script, which is not run; the Hub keeps a copy as Parquet: revision = "{PARQUET_COPY}", with '
+            "the folder there as subset"
         ) from None
     except ValueError as error:
         # An unknown subset or split; the library lists those that there are.
         raise ValueError(f"{name}: {error}") from None
-
-
-def _version(stream: IterableDataset) -> str:
-    """The commit that a stream comes from, as the addresses of its files tell it; empty where they do not."""
-    from_hub = (stream.info.download_checksums or {}) if stream.info else {}
-    commits = {address.split("@", 1)[1].split("/", 1)[0] for address in from_hub if "@" in address}
-    return ",".join(sorted(commits))

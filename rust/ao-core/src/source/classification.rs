@@ -14,8 +14,9 @@ use crate::example::Kind;
 use crate::manifest::canonical_json;
 use crate::sample::Draws;
 
-/// Where a question shows the label that it asks about.
+/// Where a question shows the label that it asks about, and its key.
 const SLOT: &str = "{label}";
+const SLOT_KEY: &str = "label";
 
 /// How a source of labelled texts asks.
 #[derive(Debug)]
@@ -29,6 +30,12 @@ pub(crate) struct Classification {
     pub(crate) prefix: String,
     pub(crate) questions_per_text: u32,
 }
+
+/// The units of a row: id, numbers of their examples, and the context, or none where the label is left out.
+pub(super) type Units = Vec<(String, Vec<u32>, Option<Asked>)>;
+
+/// What a text is asked besides its label: the values of the keys that stand in questions.
+pub(crate) type Columns = BTreeMap<String, String>;
 
 /// The labels of a source, and of each relation file what is true of whom.
 #[derive(Debug, Default)]
@@ -77,24 +84,34 @@ pub(super) enum Surveyed {
 }
 
 impl Classification {
-    /// The units of a row: id, examples, context.
-    pub(super) fn asked(&self, place: &RowPlace<'_>, id: &str, row: &[u8]) -> Result<Vec<(String, Vec<u32>, Asked)>> {
+    /// Whether rows of some label are left out: one that `labels` gives no wording.
+    pub(super) fn leaves_out(&self, label: &str) -> bool {
+        self.labels.get(label).is_some_and(Vec::is_empty)
+    }
+
+    pub(super) fn leaves_out_any(&self) -> bool {
+        self.labels.values().any(Vec::is_empty)
+    }
+
+    /// The units of a row.
+    pub(super) fn asked(&self, place: &RowPlace<'_>, id: &str, row: &[u8]) -> Result<Units> {
         let row: Map<String, Value> = place.parse(row)?;
         let examples: Vec<u32> = (0..self.questions_per_text).collect();
-        let unit = |id: String, text: String, label: &str| {
-            let (context, read) = user_turn(&text);
-            (
-                id,
-                examples.clone(),
-                Asked { context, read: Some(read), label: Some(label.to_owned()), about: About::Label },
-            )
+        let unit = |id: String, text: &str, label: &str| {
+            if self.leaves_out(label) {
+                return Ok((id, vec![0], None));
+            }
+            let (context, read) = user_turn(text);
+            let about = About::Label { columns: self.columns_of(place, &row)? };
+            let asked = Asked { context, read: Some(read), label: Some(label.to_owned()), about };
+            Ok((id, examples.clone(), Some(asked)))
         };
         let Some(templates) = &place.table.templates else {
             let (text, label) = (self.text_of(place, &row)?, self.label_of(place, &row)?);
-            return Ok(vec![unit(id.to_owned(), text, &label)]);
+            return Ok(vec![unit(id.to_owned(), &text, &label)?]);
         };
         let [right, wrong] = statements(place, id, &row, templates)?;
-        Ok(vec![unit(format!("{id}/true"), right, "true"), unit(format!("{id}/false"), wrong, "false")])
+        Ok(vec![unit(format!("{id}/true"), &right, "true")?, unit(format!("{id}/false"), &wrong, "false")?])
     }
 
     pub(super) fn survey(&self, place: &RowPlace<'_>, row: &[u8]) -> Result<Surveyed> {
@@ -123,6 +140,20 @@ impl Classification {
         Ok(strip(&text).to_owned())
     }
 
+    /// What the questions show of the row, other than its label.
+    fn columns_of(&self, place: &RowPlace<'_>, row: &Map<String, Value>) -> Result<Columns> {
+        let mut columns = Columns::new();
+        for piece in self.questions.iter().flat_map(|question| pieces(question)) {
+            if let Piece::Key(key) = piece
+                && key != SLOT_KEY
+                && !columns.contains_key(key)
+            {
+                columns.insert(key.to_owned(), place.text(row, key)?);
+            }
+        }
+        Ok(columns)
+    }
+
     fn label_of(&self, place: &RowPlace<'_>, row: &Map<String, Value>) -> Result<String> {
         let value = place.field(row, &self.label)?;
         let label = match value {
@@ -147,7 +178,7 @@ impl Classification {
         id: String,
         at: u32,
         label: &str,
-        labels: &Labels,
+        columns: &Columns,
     ) -> Result<Question> {
         let mut order: Vec<usize> = (0..self.questions.len()).collect();
         Draws::new(source.seed, text_id, "templates").shuffle(&mut order);
@@ -155,11 +186,11 @@ impl Classification {
         let (question, answer) = if template.contains(SLOT) {
             let mut draws = Draws::new(source.seed, &id, "label");
             let is_right = draws.below(2) == 0;
-            let asked = if is_right { label } else { self.other(label, labels, &mut draws)? };
+            let asked = if is_right { label } else { self.other(label, &source.labels, &mut draws)? };
             let answer = if is_right { "Yes" } else { "No" };
-            (template.replace(SLOT, self.wording(source, &id, asked)), answer)
+            (filled(template, columns, self.wording(source, &id, asked)), answer)
         } else {
-            (template.clone(), self.wording(source, &id, label))
+            (filled(template, columns, ""), self.wording(source, &id, label))
         };
         Ok(Question {
             source: source.name.clone(),
@@ -178,7 +209,12 @@ impl Classification {
             (Some(own), Some(other)) => own.iter().any(|word| other.contains(word)),
             _ => label == own,
         };
-        let others: Vec<&str> = labels.all.iter().map(String::as_str).filter(|label| !worded_alike(label)).collect();
+        let others: Vec<&str> = labels
+            .all
+            .iter()
+            .map(String::as_str)
+            .filter(|label| !self.leaves_out(label) && !worded_alike(label))
+            .collect();
         if others.is_empty() {
             return Err(Error::settings(format!(
                 "a question with {SLOT} needs two labels or more, got only {own:?}; give \"labels\" or other questions"
@@ -195,6 +231,44 @@ impl Classification {
             Some(several) => &several[Draws::new(source.seed, id, "phrasing").below(several.len() as u64) as usize],
         }
     }
+}
+
+/// A template with its keys filled in, in one pass: braces in a value mean nothing.
+fn filled(template: &str, columns: &Columns, label: &str) -> String {
+    pieces(template)
+        .map(|piece| match piece {
+            Piece::Text(text) => text,
+            Piece::Key(SLOT_KEY) => label,
+            Piece::Key(key) => columns.get(key).map_or("", String::as_str),
+        })
+        .collect()
+}
+
+enum Piece<'a> {
+    Text(&'a str),
+    Key(&'a str),
+}
+
+/// The pieces of a template: a key is what stands between a brace and the next one, if that one closes it.
+fn pieces(template: &str) -> impl Iterator<Item = Piece<'_>> {
+    let mut rest = template;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let brace = |text: &str| text.find(['{', '}']);
+        if let Some(behind) = rest.strip_prefix('{')
+            && let Some(end) = brace(behind).filter(|&end| end > 0 && behind[end..].starts_with('}'))
+        {
+            rest = &behind[end + 1..];
+            return Some(Piece::Key(&behind[..end]));
+        }
+        let begin = rest.chars().next().map_or(0, char::len_utf8);
+        let end = rest[begin..].find('{').map_or(rest.len(), |end| begin + end);
+        let (text, after) = rest.split_at(end);
+        rest = after;
+        Some(Piece::Text(text))
+    })
 }
 
 /// A true and a false statement of a subject.

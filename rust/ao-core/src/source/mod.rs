@@ -113,7 +113,7 @@ pub(crate) struct Asked {
 pub(crate) enum About {
     Record(Box<records::Record>),
     Tokens,
-    Label,
+    Label { columns: classification::Columns },
     Stimulus { kind: String },
 }
 
@@ -221,19 +221,22 @@ impl Source {
             Kind::Records => return vec![records::unit(&place, id, row)],
             Kind::ContextPrediction(documents) => documents
                 .asked(&place, row)
-                .map(|asked| vec![(id.clone(), (0..documents.draws_per_text).collect(), asked)]),
+                .map(|asked| vec![(id.clone(), (0..documents.draws_per_text).collect(), Some(asked))]),
             Kind::Classification(classification) => classification.asked(&place, &id, row),
             Kind::LatentQa(latentqa) => match latentqa.asked(&place, &id, row) {
                 Ok((examples, _)) if examples.is_empty() => {
                     return vec![self.unit(id, vec![0], Body::Dropped("label_without_questions"))];
                 }
-                other => other.map(|(examples, asked)| vec![(id.clone(), examples, asked)]),
+                other => other.map(|(examples, asked)| vec![(id.clone(), examples, Some(asked))]),
             },
         };
         match parsed {
             Ok(parsed) => parsed
                 .into_iter()
-                .map(|(id, examples, asked)| self.unit(id, examples, Body::Context(Arc::new(asked))))
+                .map(|(id, examples, asked)| {
+                    let body = asked.map_or(Body::Dropped("label_left_out"), |asked| Body::Context(Arc::new(asked)));
+                    self.unit(id, examples, body)
+                })
                 .collect(),
             Err(error) => vec![self.unit(id, vec![0], Body::Bad(error))],
         }
@@ -258,9 +261,9 @@ impl Source {
         let id = self.example_id(&unit.id, at);
         match (&self.kind, &asked.about) {
             (Kind::Records, About::Record(record)) => record.question(self, id).map(Some),
-            (Kind::Classification(classification), About::Label) => {
+            (Kind::Classification(classification), About::Label { columns }) => {
                 let label = asked.label.as_deref().unwrap_or_default();
-                classification.question(self, &unit.id, id, at, label, &self.labels).map(Some)
+                classification.question(self, &unit.id, id, at, label, columns).map(Some)
             }
             (Kind::LatentQa(latentqa), About::Stimulus { kind }) => {
                 Ok(Some(latentqa.question(self, id, at, asked.label.as_deref().unwrap_or_default(), kind)))

@@ -98,11 +98,11 @@ impl Source {
         match &self.kind {
             // Whether such a row can be read does not matter to its examples' ids.
             Kind::ContextPrediction(documents) => fixed(&[""], documents.draws_per_text),
-            Kind::Classification(classification) if table.templates.is_some() => {
-                fixed(&["/true", "/false"], classification.questions_per_text)
+            Kind::Classification(classification) if !classification.leaves_out_any() => {
+                let texts: &[&str] = if table.templates.is_some() { &["/true", "/false"] } else { &[""] };
+                fixed(texts, classification.questions_per_text)
             }
-            Kind::Classification(classification) => fixed(&[""], classification.questions_per_text),
-            Kind::Records | Kind::LatentQa(_) => self
+            Kind::Records | Kind::LatentQa(_) | Kind::Classification(_) => self
                 .all_units(table, number, row)
                 .iter()
                 .filter(|unit| !matches!(unit.body, Body::Dropped(_)))
