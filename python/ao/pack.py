@@ -238,7 +238,11 @@ def _native(source: _Found, seed: int, root: Path) -> Source:
             value: [phrasings] if isinstance(phrasings, str) else list(phrasings)
             for value, phrasings in config.labels.items()
         }
-        if (words := readers.words(source.tables)) is not None:
+        words = readers.words(source.tables)
+        asks = any("{label}" in question for question in config.questions)
+        if not asks and not any("templates" in table.described for table in source.tables):
+            words = []  # no label is ever asked for, so none has to be found
+        if words is not None:
             settings["words"] = words
     if config.kind == "latentqa":
         settings["questions"] = readers.questions(root / str(config.path))

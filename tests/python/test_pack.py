@@ -417,7 +417,7 @@ def test_the_papers_mixture_and_its_held_out_sets_pack(tmp_path: Path, monkeypat
         "latentqa": 64, "web_text": 60, "geometry_of_truth": 48, "relations": 48, "sst2": 48,
         "md_gender": 48, "snli": 30, "ner": 48, "tense": 48,
     }  # fmt: skip
-    assert summary["drops"]["label_left_out"] == 20 + 30
+    assert summary["sources"]["snli"]["drops"] == {"label_left_out": 30}
     assert len(by_source["web_text"]) == 180
     assert {point.answer for point in by_source["snli"]} == {"Yes", "No"}
     assert all(point.question.endswith(" She is in a {park}.") for point in by_source["snli"])

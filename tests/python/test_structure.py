@@ -18,13 +18,8 @@ ROWS = [
     {"cli"},
     {"demo"},
     {"train", "eval"},
-<<<<<<< HEAD
-    {"oracle", "pack", "plots"},
-    {"decode", "selftest", "plan"},
-=======
     {"oracle", "pack", "plots", "rollouts"},
-    {"decode", "selftest"},
->>>>>>> 00de23c (The paper's mixture and its held-out sets as recipes to include; rollouts of the target; labels left out, columns in questions)
+    {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "checkpoint", "shards", "distributed", "memory"},
     {"batch"},
     {"injection", "attention"},
