@@ -22,6 +22,7 @@ from ao._ao import merge as merge_parts
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, source_counts, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder
 from ao.prompt import framer, identity, resolve_layer
+from ao.summary import reasons, summarized, summary_lines
 
 log = logging.getLogger(__name__)
 
@@ -132,25 +133,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     """A summary as a person wants to read it."""
     lines = [_headline(summary)]
     if summary.get("part"):
-        return "\n".join([*lines, *_reasons(summary), "  the other parts next, then --merge"])
-    lines += [
-        f"  {'tokens':<11} {_many(summary['input_tokens'])} of prompts and answers, "
-        f"{_many(summary['answer_tokens'])} of them learned",
-        f"  {'contexts':<11} {_many(summary['contexts'])} with {_many(summary['context_tokens'])} tokens; datapoints read "
-        f"{_many(summary['context_tokens_read'])}, so sharing saves a factor of {summary['sharing']:.2f}",
-        f"  {'tokenizer':<11} {summary['engine']}",
-        *_reasons(summary),
-    ]
-    width = max(len(name) for name in summary["sources"])
-    lines += ["", f"  {'source':<{width}} {'offered':>11} {'kept':>11} {'datapoints':>11} {'dropped':>9} {'bad':>6}"]
-    for name, counts in summary["sources"].items():
-        lines.append(
-            f"  {name:<{width}} {counts['offered']:>11,} {counts['examples']:>11,} {counts['datapoints']:>11,} "
-            f"{sum(counts['drops'].values()):>9,} {sum(counts['errors'].values()):>6,}"
-            + (f"   {_balance(counts['answers'])}" if counts["answers"] else "")
-        )
-    lines += ["", *_histogram(summary["lengths"])]
-    return "\n".join(lines)
+        return "\n".join([*lines, *reasons(summary), "  the other parts next, then --merge"])
+    return "\n".join([*lines, f"  {'tokenizer':<11} {summary['engine']}", *summary_lines(summary)])
 
 
 # Settings
@@ -364,17 +348,11 @@ def _summary(
     packing_seconds: float | None = None,
     done: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    counts = manifest["counts"]
     return {
         "out": str(out),
         "shards": len(manifest["shards"]),
-        **counts,
-        "sharing": counts["context_tokens_read"] / max(1, counts["context_tokens"]),
-        "drops": manifest["drops"],
-        "errors": manifest["errors"],
+        **summarized(manifest),
         "messages": list(done["messages"]) if done is not None else [],
-        "lengths": manifest["lengths"],
-        "sources": manifest["sources"],
         "engine": _engine(oracle_framer),
         **_speed(done, seconds, packing_seconds),
     }
@@ -412,40 +390,3 @@ def _headline(summary: Mapping[str, Any]) -> str:
         f"{summary['out']}:{part} {summary['examples']:,} examples of {summary['offered']:,}, "
         f"{summary['datapoints']:,} datapoints, {summary['shards']:,} shards; {summary['seconds']:.1f} s, {speed}"
     )
-
-
-def _reasons(summary: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, key in (("dropped", "drops"), ("bad", "errors")):
-        if summary[key]:
-            lines.append(f"  {name:<11} " + ", ".join(f"{num:,} {why}" for why, num in sorted(summary[key].items())))
-    if summary.get("duplicates"):
-        lines.append(f"  {'duplicates':<11} {summary['duplicates']:,} datapoints repeat another of their shard")
-    return [*lines, *(f"    {message}" for message in summary["messages"])]
-
-
-def _balance(answers: Mapping[str, int]) -> str:
-    """The most frequent answers with their shares."""
-    total = sum(answers.values())
-    most = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))
-    shown = ", ".join(f"{answer} {num / total:.0%}" for answer, num in most[:4])
-    return shown + (f", {len(most) - 4} more" if len(most) > 4 else "")
-
-
-def _histogram(lengths: Mapping[str, Any]) -> list[str]:
-    """Datapoints by length, as bars, of the buckets that hold any."""
-    edges = [0, *lengths["edges"]]
-    lines = [f"  {'tokens':>11} {'input':>11} {'context':>11}"]
-    most = max(1, *lengths["input"])
-    for index, (ours, theirs) in enumerate(zip(lengths["input"], lengths["context"], strict=True)):
-        if ours or theirs:
-            bucket = f"{edges[index]}-{edges[index + 1] - 1}" if index + 1 < len(edges) else f"{edges[index]}-"
-            lines.append(f"  {bucket:>11} {ours:>11,} {theirs:>11,}  {'#' * round(30 * ours / most)}")
-    return lines
-
-
-def _many(number: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
-    return f"{number:,}"

@@ -21,7 +21,7 @@ ROWS = [
     {"oracle", "pack", "plots", "rollouts"},
     {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "checkpoint", "shards", "distributed", "memory"},
-    {"batch"},
+    {"batch", "summary"},
     {"injection", "attention"},
     {"models"},
     {"prompt", "sources", "probes"},
@@ -30,7 +30,7 @@ ROWS = [
     {"_ao"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_FREE = ["config", "manifest", "prompt", "probes", "sources", "pack", "shards", "plan", "cli"]
+TORCH_FREE = ["config", "manifest", "prompt", "probes", "sources", "pack", "shards", "summary", "plan", "cli"]
 
 
 def module_of(path: Path) -> str:

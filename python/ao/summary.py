@@ -1,0 +1,84 @@
+"""A packed data set's counts as text: what `ao-pack` says at its end, and `ao inspect` of a finished set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+BAR = 24
+"""Characters of the longest bar."""
+
+
+def summarized(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `summary_lines` shows of a manifest: its counts, the factor that sharing saves, drops, lengths, sources."""
+    counts = manifest["counts"]
+    return {
+        **counts,
+        "sharing": counts["context_tokens_read"] / max(1, counts["context_tokens"]),
+        **{name: manifest[name] for name in ("drops", "errors", "lengths", "sources")},
+    }
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Tokens, contexts, what was left out and why, a line for each source, and lengths as bars."""
+    lines = [
+        f"  {'tokens':<11} {many(summary['input_tokens'])} of prompts and answers, "
+        f"{many(summary['answer_tokens'])} of them learned",
+        f"  {'contexts':<11} {many(summary['contexts'])} with {many(summary['context_tokens'])} tokens; datapoints read "
+        f"{many(summary['context_tokens_read'])}, so sharing saves a factor of {summary['sharing']:.2f}",
+        *reasons(summary),
+    ]
+    width = max(len("source"), *map(len, summary["sources"]))
+    lines += ["", f"  {'source':<{width}} {'offered':>11} {'kept':>11} {'datapoints':>11} {'dropped':>9} {'bad':>6}"]
+    for name, counts in summary["sources"].items():
+        lines.append(
+            f"  {name:<{width}} {counts['offered']:>11,} {counts['examples']:>11,} {counts['datapoints']:>11,} "
+            f"{sum(counts['drops'].values()):>9,} {sum(counts['errors'].values()):>6,}"
+            + (f"   {balance(counts['answers'])}" if counts["answers"] else "")
+        )
+    return [*lines, "", *histogram(summary["lengths"])]
+
+
+def reasons(summary: Mapping[str, Any]) -> list[str]:
+    """How many examples were left out or bad, by reason, how many datapoints repeat another, and the first errors."""
+    lines = []
+    for name, key in (("dropped", "drops"), ("bad", "errors")):
+        if summary[key]:
+            lines.append(f"  {name:<11} " + ", ".join(f"{num:,} {why}" for why, num in sorted(summary[key].items())))
+    if summary.get("duplicates"):
+        lines.append(f"  {'duplicates':<11} {summary['duplicates']:,} datapoints repeat another of their shard")
+    return [*lines, *(f"    {message}" for message in summary.get("messages", ()))]
+
+
+def balance(answers: Mapping[str, int]) -> str:
+    """The most frequent answers with their shares."""
+    total = sum(answers.values())
+    most = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = ", ".join(f"{answer} {num / total:.0%}" for answer, num in most[:4])
+    return shown + (f", {len(most) - 4} more" if len(most) > 4 else "")
+
+
+def buckets(edges: list[int]) -> list[str]:
+    """Names of the buckets of lengths that `edges` bound."""
+    starts = [0, *edges]
+    return [*(f"{low}-{high - 1}" for low, high in zip(starts, edges, strict=False)), f"{starts[-1]}-"]
+
+
+def histogram(lengths: Mapping[str, Any]) -> list[str]:
+    """Datapoints by input and by context length, as bars, of the buckets that hold any."""
+    columns = (lengths["input"], lengths["context"])
+    most = [max(1, *column) for column in columns]
+    lines = [f"  {'tokens':>11} {'inputs':>11}  {'':<{BAR}} {'contexts':>11}"]
+    for bucket, *counts in zip(buckets(lengths["edges"]), *columns, strict=True):
+        if any(counts):
+            bars = ["#" * round(BAR * count / top) for count, top in zip(counts, most, strict=True)]
+            lines.append(f"  {bucket:>11} {counts[0]:>11,}  {bars[0]:<{BAR}} {counts[1]:>11,}  {bars[1]}".rstrip())
+    return lines
+
+
+def many(number: int) -> str:
+    """A number in three or four digits and a unit."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
+    return f"{number:,}"
