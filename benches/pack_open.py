@@ -50,17 +50,17 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     small, large = packs.values()
     packed = folder / f"packed-{args.examples}"
     held = write_peers(packed, folder, 2_000 if args.quick else 50_000)
-    repeats = 2 if args.quick else 5
 
-    def opened(which: str) -> dict[str, Any]:
+    def opened(which: str, repeats: int) -> dict[str, Any]:
         runs = [
             measure.child(__file__, "--child", which, "--out", packed if which == "open" else folder)
             for _ in range(repeats)
         ]
         return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
-    mine, peers = opened("open"), {name: opened(name) for name in ("reference", "pickle")}
-    about = f"{large['examples']} datapoints; the peers hold {held}; medians of {repeats} fresh processes, files cached"
+    mine = opened("open", 2 if args.quick else 7)
+    peers = {name: opened(name, 1 if args.quick else 2) for name in ("reference", "pickle")}
+    about = f"{large['examples']} datapoints; the peers hold {held}; medians over fresh processes, files cached"
 
     def row(what: str, unit: str, name: str, scale: float) -> dict[str, Any]:
         others = {peer: scale * each[name] for peer, each in peers.items()}
