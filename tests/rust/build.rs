@@ -195,6 +195,27 @@ fn bad_examples_are_passed_over_and_counted_up_to_a_number() {
     assert!(run(0).unwrap_err().to_string().contains("line 4: not JSON"));
 }
 
+#[test]
+fn bad_examples_of_shards_that_are_there_count_too() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    let bad = |id: usize| json!({"id": format!("b{id}"), "context": "a", "question": "q"});
+    let rows: Vec<Value> = (0..2).map(bad).chain(common::records()).collect();
+    let start = |resume: bool, max_errors: usize| {
+        PackWriter::new(folder.path(), &framer, &settings().to_string(), Run { resume, max_errors, ..Run::default() })
+    };
+    let mut writer = start(false, 2).unwrap();
+    common::add(&mut writer, &framer, &common::records_source(), 0, &rows[..20]).unwrap();
+    drop(writer);
+    let rest: Vec<Value> = rows.into_iter().chain([bad(2)]).collect();
+    let finish = |max_errors: usize| {
+        let mut writer = start(true, max_errors).unwrap();
+        common::add(&mut writer, &framer, &common::records_source(), 0, &rest).and_then(|_| writer.finish(&framer))
+    };
+    assert!(finish(2).unwrap_err().to_string().contains("3 examples cannot be used"));
+    finish(3).unwrap();
+}
+
 fn surveyed(source: &Value, rows: &[Value]) -> (Arc<Source>, Option<usize>) {
     let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
     let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();

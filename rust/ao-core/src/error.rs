@@ -150,12 +150,6 @@ impl Error {
         }
     }
 
-    /// Whether one bad example is the cause, so that it can be passed over; everything else stops the work.
-    #[must_use]
-    pub fn is_of_example(&self) -> bool {
-        matches!(self, Self::Row { .. } | Self::Example { .. })
-    }
-
     /// The same error, naming the example that it concerns.
     #[must_use]
     pub fn in_example(self, origin: &str, id: &str) -> Self {

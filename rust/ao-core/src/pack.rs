@@ -90,6 +90,7 @@ impl PackWriter {
         let examples_per_shard = settings.examples_per_shard;
         let folder = BuildFolder::open(folder, Identity::new(framer, settings_json, settings)?, run.part)?;
         let done = folder.shards(run.resume)?;
+        let num_errors = done.values().flat_map(|shard| shard.stats.total().errors.into_values()).sum::<u64>() as usize;
         Ok(Self {
             common,
             examples_per_shard,
@@ -98,7 +99,7 @@ impl PackWriter {
             done,
             seen: HashSet::new(),
             progress: Progress::default(),
-            num_errors: 0,
+            num_errors,
             pending: Vec::new(),
             built: None,
             writing: None,
