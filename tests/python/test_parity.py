@@ -104,7 +104,7 @@ def write_sources(folder: Path, seed: int) -> list[dict[str, Any]]:
         file.write("\n   \n" + json.dumps({"body": "  She went there. \n"}) + "\n")
     write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
 
-    labels = ["news", "2", "sport\u00e9", "\u5317\u4eac"]
+    labels = ["news", "2", "sport\u00e9", "other"]
     table = [{"a": write.text(6), "b": write.text(6), "kind": chance.choice(labels)} for _ in range(40)]
     (folder / "tables").mkdir()
     with (folder / "tables" / "some.csv").open("w", encoding="utf-8", newline="") as file:
@@ -157,8 +157,8 @@ def write_sources(folder: Path, seed: int) -> list[dict[str, Any]]:
             "path": "tables",
             "text": "{a}: {b} ",
             "label": "kind",
-            "questions": ["Is it {label}?", "Which kind is it?", "{label} or not {label}?"],
-            "labels": {label: [label, label + "!", "so"] if label != "2" else ["two"] for label in labels},
+            "questions": ["Is it {label}?", "Which kind is it?", "{label} or not {label}?", "{ {b}} {}: {label}"],
+            "labels": {"news": ["news", "news!", "so"], "2": "two", "sport\u00e9": ["sport", "so"], "other": []},
             "prefix": "Answer: ",
             "questions_per_text": 4,
             "count": 120,
