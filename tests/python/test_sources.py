@@ -371,6 +371,27 @@ def test_a_set_out_of_reach_says_what_to_do(
         read(tmp_path, dataset="o/n", **LABELLED)
 
 
+def test_a_stream_that_breaks_off_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    class ConnectError(Exception):
+        __module__ = "httpx"
+
+    def rows() -> Iterator[dict[str, object]]:
+        yield from ({"sentence": f"S {index}.", "tense": "past"} for index in range(1500))
+        raise ConnectError("no route")
+
+    features = datasets.Features({"sentence": datasets.Value("string"), "tense": datasets.Value("string")})
+    broken = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **values: broken)
+    items = sources.rows(config(dataset="o/n", **LABELLED), root=tmp_path, seed=0)
+    assert next(items).batch.num_rows == 1000
+    with pytest.raises(
+        ConnectionError, match=r"o/n \(train\): the stream broke off after 1000 rows \(no route\).*--resume"
+    ):
+        list(items)
+
+
 # Reading ahead
 
 

@@ -54,7 +54,18 @@ def hub_table(config: SourceConfig, *, columns: Columns, seed: int, limit: int |
         if limit is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(limit)
         found = rows.with_format("arrow").iter(batch_size=ROWS)
-        return _record_batches(found, columns, classes)
+        num_rows = 0
+        try:
+            for batch, first_row in _record_batches(found, columns, classes):
+                yield batch, first_row
+                num_rows += batch.num_rows
+        except Exception as error:
+            if not _is_of_the_network(error):
+                raise
+            raise ConnectionError(
+                f"source {config.name!r}: data set {where}: the stream broke off after {num_rows} rows ({error}); try again "
+                f"with --resume. {_LOCAL}"
+            ) from None
 
     named = {
         "dataset": config.dataset,
@@ -106,7 +117,8 @@ def _record_batches(
 ) -> Iterator[tuple[pa.RecordBatch, int]]:
     first_row = 0
     for table in found:
-        for batch in table.to_batches():
+        # A shuffled stream gives a chunk for each row.
+        for batch in table.combine_chunks().to_batches():
             yield batch if classes is None else spelled(batch, str(columns.label), classes), first_row
             first_row += batch.num_rows
 
@@ -114,12 +126,18 @@ def _record_batches(
 def _commit(config: SourceConfig) -> str | None:
     """The commit that the revision is now, so that every pass reads the same; None where the Hub does not tell."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().dataset_info(str(config.dataset), revision=config.revision).sha
-    except (HfHubHTTPError, OSError):
+    except Exception as error:
+        if not _is_of_the_network(error):
+            raise
         return None  # Loading it fails next, with what there is to say.
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether the Hub, or the way there, failed. The client's HTTP library goes by different names."""
+    return isinstance(error, OSError) or any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
 
 
 def _load(config: SourceConfig, split: str, commit: str | None, where: str) -> IterableDataset:
