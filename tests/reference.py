@@ -457,17 +457,23 @@ class Reference:
         least_answer, most_answer = source["predict"]
         if len(available) < least_read + least_answer:
             raise Dropped("context_too_short")
-        num_answer = draws.between(least_answer, min(most_answer, len(available) - least_read))
-        num_read = draws.between(least_read, min(most_read, len(available) - num_answer))
-        start = draws.between(0, len(available) - num_read - num_answer)
-        both = available[start : start + num_read + num_answer]
-        read, asked = (both[:num_read], both[num_read:]) if is_next else (both[num_answer:], both[:num_answer])
-        ids = [framed.ids[index] for index in asked]
-        if self.special_ids.intersection(ids):
-            raise Dropped("special_token_in_answer")
-        answer = self.tokenizer.decode(ids)
-        if not answer or "\ufffd" in answer:
-            raise Dropped("answer_not_decodable")
+        reason = ""
+        for _ in range(16):
+            num_answer = draws.between(least_answer, min(most_answer, len(available) - least_read))
+            num_read = draws.between(least_read, min(most_read, len(available) - num_answer))
+            start = draws.between(0, len(available) - num_read - num_answer)
+            both = available[start : start + num_read + num_answer]
+            read, asked = (both[:num_read], both[num_read:]) if is_next else (both[num_answer:], both[:num_answer])
+            ids = [framed.ids[index] for index in asked]
+            if self.special_ids.intersection(ids):
+                reason = "special_token_in_answer"
+                continue
+            answer = self.tokenizer.decode(ids)
+            if answer and "\ufffd" not in answer:
+                break
+            reason = "answer_not_decodable"
+        else:
+            raise Dropped(reason)
         tokens = "token" if num_answer == 1 else "tokens"
         if is_next:
             come = "comes" if num_answer == 1 else "come"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import tiny
+from ao import _ao
 from ao.config import parse_recipe
 from ao.pack import pack
 from ao.prompt import framer, identity
-from ao import _ao
 from ao.shards import PackedDataset
 
 

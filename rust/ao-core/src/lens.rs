@@ -37,6 +37,9 @@ pub struct LensSettings {
     pub within_assistant: bool,
 }
 
+/// How often a place is drawn whose answer is text: not one that crosses from turn to turn or cuts a character.
+const MOST_DRAWS: usize = 16;
+
 /// What is read and asked.
 #[derive(Debug)]
 pub(crate) struct Window {
@@ -64,23 +67,30 @@ pub(crate) fn draw(
         (framer.num_lead_tokens(context), context.ids.len())
     };
     let end = end.min(settings.max_context_tokens).min(most_context_tokens);
-    let Some(window) = Drawn::new(settings, end.saturating_sub(start), &mut draws) else {
+    let Some(drawn) = Drawing::new(settings, end.saturating_sub(start), &mut draws) else {
         return Ok(Err("context_too_short"));
     };
-    let answer_ids = &context.ids[start + window.answer_start..][..window.num_answer];
-    if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
-        return Ok(Err("special_token_in_answer"));
+    let mut reason = "";
+    for _ in 0..MOST_DRAWS {
+        let place = drawn.place(&mut draws);
+        let answer_ids = &context.ids[start + place.answer_start..][..place.num_answer];
+        if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
+            reason = "special_token_in_answer";
+            continue;
+        }
+        let answer = framer.tokenizer().decode(answer_ids)?;
+        if answer.is_empty() || answer.contains(char::REPLACEMENT_CHARACTER) {
+            reason = "answer_not_decodable";
+            continue;
+        }
+        let first = (start + place.read_start) as i32;
+        return Ok(Ok(Window {
+            read_positions: (first..first + place.num_read as i32).collect(),
+            question: drawn.question(place.num_answer),
+            answer,
+        }));
     }
-    let answer = framer.tokenizer().decode(answer_ids)?;
-    if answer.is_empty() || answer.contains(char::REPLACEMENT_CHARACTER) {
-        return Ok(Err("answer_not_decodable"));
-    }
-    let first = (start + window.read_start) as i32;
-    Ok(Ok(Window {
-        read_positions: (first..first + window.num_read as i32).collect(),
-        question: window.question(),
-        answer,
-    }))
+    Ok(Err(reason))
 }
 
 /// The tokens of one of the assistant's contents, drawn.
@@ -106,16 +116,23 @@ fn assistant_turn(
     Ok(Ok((tokens[0] as usize, tokens[tokens.len() - 1] as usize + 1)))
 }
 
-/// One draw, in tokens counted from the first that may be read.
-struct Drawn {
+/// How an example draws: which way it looks, and within which bounds.
+struct Drawing {
+    read: [usize; 2],
+    answer: [usize; 2],
+    available: usize,
+    next: bool,
+}
+
+/// Where one draw fell, in tokens counted from the first that may be read.
+struct Place {
     read_start: usize,
     num_read: usize,
     answer_start: usize,
     num_answer: usize,
-    next: bool,
 }
 
-impl Drawn {
+impl Drawing {
     /// Draw from `available` tokens; `None` if the least that is asked for does not fit.
     fn new(settings: &LensSettings, available: usize, draws: &mut Draws) -> Option<Self> {
         let single = draws.unit() < settings.single_share;
@@ -124,20 +141,21 @@ impl Drawn {
             Direction::Previous => false,
             Direction::Both => draws.below(2) == 0,
         };
-        let [least_read, most_read] = if single { [1, 1] } else { settings.window };
-        let [least_answer, most_answer] = settings.predict;
-        if available < least_read + least_answer {
-            return None;
-        }
+        let read = if single { [1, 1] } else { settings.window };
+        let answer = settings.predict;
+        (available >= read[0] + answer[0]).then_some(Self { read, answer, available, next })
+    }
+
+    fn place(&self, draws: &mut Draws) -> Place {
+        let Self { read: [least_read, most_read], answer: [least_answer, most_answer], available, next } = *self;
         let num_answer = draws.between(least_answer, most_answer.min(available - least_read));
         let num_read = draws.between(least_read, most_read.min(available - num_answer));
         let start = draws.between(0, available - num_read - num_answer);
         let (read_start, answer_start) = if next { (start, start + num_read) } else { (start + num_answer, start) };
-        Some(Self { read_start, num_read, answer_start, num_answer, next })
+        Place { read_start, num_read, answer_start, num_answer }
     }
 
-    fn question(&self) -> String {
-        let count = self.num_answer;
+    fn question(&self, count: usize) -> String {
         let plural = count != 1;
         let tokens = if plural { "tokens" } else { "token" };
         if self.next {
