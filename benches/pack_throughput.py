@@ -200,7 +200,10 @@ class Comparison:
 
         packing = self.run("ours", "packed")
         packed = PackedDataset.open(self.folder / "packed", verify=True)
-        where = {datapoint.id: index for index, datapoint in enumerate(packed)}
+        where, sources = {}, []
+        for index, datapoint in enumerate(packed):
+            where[datapoint.id] = index
+            sources.append(datapoint.source)
 
         self.run("reference")
         expected = {each.id: each for each in pickle.loads((self.folder / "again/datapoints.pickle").read_bytes())}  # noqa: S301
@@ -226,7 +229,7 @@ class Comparison:
         self.run_library(contexts=True)
         numbers = {unit: number for number, unit in enumerate(contexts)}
         require_library(self.folder / "again", chosen, [numbers[each.unit] for each, _ in asked])
-        return packing["manifest"], realised(packed)
+        return packing["manifest"], realised(packed, sources)
 
 
 def require_library(folder: Path, chosen: list[Any], numbers: list[int]) -> None:
@@ -261,10 +264,10 @@ def ragged(folder: Path, kind: str, name: str) -> list[np.ndarray]:
     return found
 
 
-def realised(packed: Any) -> str:
+def realised(packed: Any, sources: list[str]) -> str:
     """What the mixture came to."""
     families = {"texts": "context prediction", "chats": "context prediction", "latentqa": "LatentQA"}
-    kind = np.array([families.get(datapoint.source, "classification") for datapoint in packed])
+    kind = np.array([families.get(source, "classification") for source in sources])
     of_input, of_context = packed.lengths, packed.context_lengths
     parts = [
         f"{name} {1000 * mine.mean():.0f} ({of_input[mine].mean():.0f} and {of_context[mine].mean():.0f})"

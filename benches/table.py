@@ -41,9 +41,10 @@ def main() -> None:
 
 
 def criterion_rows(folder: Path) -> list[dict[str, Any]]:
-    """The medians that the latest run of each criterion bench left behind."""
+    """The medians that criterion's latest run left behind, not those of benches that are gone."""
     rows = []
-    for estimates in sorted(folder.glob("**/new/estimates.json")):
+    found = {path: path.stat().st_mtime for path in sorted(folder.glob("**/new/estimates.json"))}
+    for estimates in (path for path, time in found.items() if time > max(found.values()) - 3600):
         described = json.loads(estimates.with_name("benchmark.json").read_text())
         nanoseconds = json.loads(estimates.read_text())["median"]["point_estimate"]
         value, unit, note = nanoseconds / 1e3, "us", ""
