@@ -23,7 +23,7 @@ from typing import Any
 
 VERSION = 1
 """Part of every name in the cache; a change of what is made here needs another one."""
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+TEMPLATES = Path(__file__).parents[1] / "tests" / "python" / "templates"
 VOCABULARY = 128_000
 
 DRAWS_PER_TEXT = 6
@@ -203,6 +203,7 @@ def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 # --- Tokenizers ------------------------------------------------------------------------------------------------------
 
 END_OF_TURN = {"qwen": "<|im_end|>", "gemma": "<turn|>"}
+_TEMPLATE = {"qwen": "qwen_3.jinja", "gemma": "gemma_4.jinja"}
 _SPECIAL = {
     "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"],
@@ -214,7 +215,7 @@ _SPLIT = (
 
 def model(family: str, *, vocabulary: int = VOCABULARY) -> Path:
     """A model's folder without weights: a tokenizer like Qwen's (byte level) or Gemma's, its template, a configuration."""
-    return made_once(f"{family}-{VERSION}-{vocabulary}", lambda folder: _write_model(folder, family, vocabulary))
+    return made_once(f"model-{family}-{VERSION}-{vocabulary}", lambda folder: _write_model(folder, family, vocabulary))
 
 
 def _write_model(folder: Path, family: str, vocabulary: int) -> None:
@@ -261,7 +262,7 @@ def _write_model(folder: Path, family: str, vocabulary: int) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 48}))
-    shutil.copy(GOLDEN / f"{family}.jinja", folder / "chat_template.jinja")
+    shutil.copy(TEMPLATES / _TEMPLATE[family], folder / "chat_template.jinja")
 
 
 # --- Peers -----------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class Comparison:
             "end_to_end": f"an example is one datapoint. {described}. Best of {repeats} fresh processes each; ours "
             f"{seconds} s over {mine['examples']}, {counts}, of the same files. The library is given layer, number of "
             "positions, question and answer ready made and finds no read spans; without contexts it does nothing for "
-            "them, with contexts it tokenizes each text once",
+            "them, with contexts it tokenizes each text once. Templates are shaped like the models' own",
             "cpu": "user and system, all threads",
             "disk": "ours and the reference's pickle hold contexts and texts; the library's files ids, labels, positions",
         }

@@ -411,20 +411,35 @@ class Reference:
             before = len(self.tokenizer.bos_token or "")
             return before + read["start"], before + read["end"]
         message = read["message"]
-        before = self.render(context[:message], generation=False) if message else self.tokenizer.bos_token or ""
-        first = len(before)
         if read.get("onwards"):
-            return first, len(text)
-        after = len(self.render(context[: message + 1], generation=False))
+            return self.turn_start(context, text, message), len(text)
         if "start" not in read:
-            return first, after
+            return self.turn_start(context, text, message), self.turn_start(context, text, message + 1)
         # The spans count in the content as the example has it; templates may cut white space from it.
         content = context[message]["content"]
-        marked = [*context[:message], context[message] | {"content": MARK}]
-        place = self.render(marked, generation=False).index(MARK)
+        place = self.content_start(context, message)
         shown = next(form for form in (content, content.lstrip("\n"), content.strip()) if text.startswith(form, place))
         start = place - content.index(shown)
         return max(start + read["start"], place), min(start + read["end"], place + len(shown))
+
+    def turn_start(self, context: list[dict[str, str]], text: str, message: int) -> int:
+        """Where the header of a turn begins in the rendered text, or the generation prompt behind the last one."""
+        bos = self.tokenizer.bos_token or ""
+        if message == 0:
+            return len(bos)
+        before = self.render(context[:message], generation=False)
+        if text.startswith(before):
+            return len(before)
+        # A template that shows earlier turns otherwise once others follow: then the turn's own header tells.
+        header = self.render([context[message] | {"content": MARK}], generation=False).split(MARK)[0].removeprefix(bos)
+        start = self.content_start(context, message) - len(header)
+        assert text.startswith(header, start)
+        return start
+
+    def content_start(self, context: list[dict[str, str]], message: int) -> int:
+        """Where the content of a message begins in the rendered text, what the template cuts from it left out."""
+        marked = [*context[:message], context[message] | {"content": MARK}, *context[message + 1 :]]
+        return self.render(marked, generation=context[-1]["role"] != "assistant").index(MARK)
 
     # What an example draws
 

@@ -21,6 +21,7 @@ from ao.prompt import model_folder, num_layers, resolve_layer
 from ao.shards import PackedDataset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+TEMPLATES = Path(__file__).with_name("templates")
 
 WORDS = {
     "plain": "The city of Paris is in France , she will go to the park and he went there",
@@ -39,8 +40,16 @@ WORDS = {
     "marks": " ? ?? \ufffd \u2581 \u2581\u2581a <0x41> <note> Layer: 3 \u00a0 \u3000 ... \ue000",
 }
 SPACES = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "", "\u00a0", "      "]
-MODELS = ("gemma", "qwen", "tiny")
+# Name of a model: its tokenizer and its template among the golden files and the tests' templates.
+GOLDEN_MODELS = {
+    "gemma": ("gemma", GOLDEN / "gemma.jinja"),
+    "qwen": ("qwen", GOLDEN / "qwen.jinja"),
+    "gemma_4": ("gemma", TEMPLATES / "gemma_4.jinja"),
+    "qwen_3": ("qwen", TEMPLATES / "qwen_3.jinja"),
+}
+MODELS = (*GOLDEN_MODELS, "tiny")
 END_OF_TURN = {"gemma": "<turn|>", "qwen": "<|im_end|>", "tiny": "<|stop|>", "demo": "<turn|>"}
+END_OF_TURN |= {name: END_OF_TURN[tokenizer] for name, (tokenizer, _) in GOLDEN_MODELS.items()}
 BOS = {"gemma": "<bos>", "qwen": None}
 
 
@@ -67,14 +76,15 @@ class Writer:
 
 
 def save_models(folder: Path) -> dict[str, Path]:
-    """Small tokenizers with their templates: like Gemma's, like Qwen's, and one whose template trims."""
+    """Small tokenizers with templates: like Gemma's and Qwen's, simple and full ones, and the tests' own."""
     folders = {"tiny": tiny.save_model(folder / "tiny")}
-    for name, bos in BOS.items():
+    for name, (tokenizer, template) in GOLDEN_MODELS.items():
         folders[name] = folder / name
         folders[name].mkdir()
-        shutil.copy(GOLDEN / f"{name}.json", folders[name] / "tokenizer.json")
-        shutil.copy(GOLDEN / f"{name}.jinja", folders[name] / "chat_template.jinja")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": END_OF_TURN[name]}
+        shutil.copy(GOLDEN / f"{tokenizer}.json", folders[name] / "tokenizer.json")
+        shutil.copy(template, folders[name] / "chat_template.jinja")
+        special = {"bos_token": BOS[tokenizer], "eos_token": END_OF_TURN[name]}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
         (folders[name] / "tokenizer_config.json").write_text(json.dumps(settings))
         (folders[name] / "config.json").write_text(json.dumps({"num_hidden_layers": 12}))
     return folders
