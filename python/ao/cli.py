@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -52,6 +53,30 @@ class Pack:
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show a packed data set or its datapoints, and check that it is whole. Exits with 1 where --verify finds a problem.
+
+    Also says what an unfinished build, a shard, a plan, an adapter or a run's folder is, and what to do with it.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The packed data set."""
+    row: tuple[int, ...] = ()
+    """Show these datapoints, counted from 0; -1 is the last."""
+    id: tuple[str, ...] = ()
+    """Show the datapoints of these examples."""
+    verify: bool = False
+    """Check every checksum, the structure, the contents and the counts."""
+    model: str | None = None
+    """Folder or Hub id of the model whose tokenizer gives the texts; without it the one that the data set names, if it is
+    on this machine."""
+    plot: Path | None = None
+    """PNG file to draw lengths and answers into."""
+    json: bool = False
+    """One JSON object on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +233,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "eval": Eval,
         "pack": Pack,
         "plan": Plan,
+        "inspect": Inspect,
         "rollouts": Rollouts,
     }
     _run(commands, list(sys.argv[1:] if args is None else args), program="ao")
@@ -223,6 +249,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
     handlers: dict[type, Callable[..., dict[str, Any]]] = {
         Pack: _pack,
         Plan: _plan,
+        Inspect: _inspect,
         Train: _train,
         Eval: _eval,
         Ask: _ask,
@@ -258,6 +285,8 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
             if short:
                 print(f"gain below {command.fail_under}: {', '.join(short)}", file=sys.stderr)
                 raise SystemExit(1)
+        if isinstance(command, Inspect) and not result.get("ok", True):
+            raise SystemExit(1)
 
 
 def _fail(error: BaseException, code: int, as_json: bool) -> None:
@@ -335,6 +364,26 @@ def _plan(command: Plan) -> dict[str, Any]:
     result = plan(command.packed, command.tokens_per_row, out=command.out, **settings)
     if not command.json:
         print(table(result["budgets"]))
+    return result
+
+
+def _inspect(command: Inspect) -> dict[str, Any]:
+    from ao.inspection import inspect, text
+
+    result = inspect(
+        command.path,
+        rows=command.row,
+        ids=command.id,
+        check=command.verify,
+        model=command.model,
+        plot=command.plot,
+        progress=sys.stderr.isatty(),
+    )
+    if not command.json:
+        is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+        encoding = sys.stdout.encoding or "utf-8"
+        # What the terminal cannot write is written as its code.
+        print(text(result, color=is_terminal).encode(encoding, "backslashreplace").decode(encoding))
     return result
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ao.manifest import write_atomic
+from ao.summary import buckets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,6 +137,50 @@ def gain_chart(path: str | Path, report: Mapping[str, Any]) -> None:
         low, high = task["gain_interval"]
         _text(figure, width - 1.85, middle - 0.08, f"[{low:+.2f}, {high:+.2f}]", size=9, color=_SOFT)
         _text(figure, width - 1.85, middle - 0.28, f"{metric}, n = {task['n']}", size=9, color=_SOFT)
+    _save(figure, path)
+
+
+def data_chart(path: str | Path, summary: Mapping[str, Any], *, title: str) -> None:
+    """Draw a packed data set: datapoints by input and context length, and the shares of the answers that are labels.
+
+    Args:
+        path: PNG file to write.
+        summary: with `lengths` and `sources` as in a manifest.
+        title: title.
+    """
+    lengths, names = summary["lengths"], buckets(summary["lengths"]["edges"])
+    shown = [row for row, pair in enumerate(zip(lengths["input"], lengths["context"], strict=True)) if any(pair)]
+    labelled = {name: source["answers"] for name, source in summary["sources"].items() if source["answers"]}
+    step, wide = 0.22, 3.1
+    high, low = step * len(shown), 0.34 * len(labelled) + (0.6 if labelled else 0.2)
+    width, height = 8.2, high + low + 1.1
+    figure = _figure(width, height)
+    _text(figure, 0.2, height - 0.36, visible_line(title), size=12.5, weight="bold")
+    for left, name, color in ((1.15, "input", "#1f5fbf"), (1.4 + wide, "context", "#8b94a3")):
+        axes = _axes(figure, left, low + 0.1, wide, high)
+        counts = [lengths[name][row] for row in shown]
+        axes.barh(range(len(shown)), counts, color=color, height=0.75)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(0, 1.25 * max(1, *counts))
+        axes.set_xticks([])
+        axes.set_yticks(range(len(shown)), [names[row] for row in shown] if name == "input" else [""] * len(shown))
+        for row, count in enumerate(counts):
+            axes.text(count, row, f" {count:,}", va="center", size=8, color=_SOFT, family=_SANS)
+        _text(figure, left, height - 0.72, f"{name} tokens of a datapoint", size=9, color=_SOFT)
+    for row, (name, answers) in enumerate(labelled.items()):
+        axes = _axes(figure, 1.15, low - 0.5 - 0.34 * row, width - 1.5, 0.22)
+        most = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))
+        at, total = 0.0, sum(answers.values())
+        for place, (answer, count) in enumerate(most):
+            share = count / total
+            axes.barh([0], [share], left=[at], color=_colors()(0.15 + 0.7 * (place % 5) / 4), edgecolor="white")
+            if share > 0.08:
+                label = f"{visible_line(answer)[: int(90 * share)]} {share:.0%}"
+                axes.text(at + 0.01, 0, label, va="center", size=8, color=_INK, family=_SANS, parse_math=False)
+            at += share
+        axes.set_xlim(0, 1)
+        axes.set_xticks([])
+        axes.set_yticks([0], [visible_line(name)[:_LONGEST_LABEL]])
     _save(figure, path)
 
 

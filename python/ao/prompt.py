@@ -38,12 +38,13 @@ def context_prediction_question(side: Literal["next", "previous"], num_tokens: i
     return f"Can you predict the previous {tokens} that came before this?"
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
+def model_folder(name: str, revision: str | None = None, *, local: bool = False) -> Path:
     """The folder with a model's configuration, tokenizer and template; of a Hub model only these are downloaded.
 
     Args:
         name: "demo" (the target embedded in the package), a folder, or a Hub id.
         revision: Hub revision of `name`.
+        local: Look into the Hub's local cache only.
 
     Raises:
         FileNotFoundError: there is neither such a folder nor such a model within reach.
@@ -57,7 +58,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"model 'demo': {folder} is missing; run `ao demo --rebuild-target` or reinstall ao")
     if _is_path(name):
         raise FileNotFoundError(f"model {name!r}: there is no such folder")
-    return _download("model", name, revision, files=_MODEL_FILES)
+    return _download("model", name, revision, files=_MODEL_FILES, local=local)
 
 
 def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -78,16 +79,18 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _download(what: str, name: str, revision: str | None, *, files: list[str]) -> Path:
+def _download(what: str, name: str, revision: str | None, *, files: list[str], local: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     where = name if revision is None else f"{name} at {revision}"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=local))
     except HFValidationError:
         raise FileNotFoundError(f"{what} {name!r}: neither a folder nor a Hub id (OWNER/NAME)") from None
     except (LocalEntryNotFoundError, ConnectionError):
+        if local:
+            raise FileNotFoundError(f"{what} {where}: no such folder, and not in the Hub's local cache") from None
         raise FileNotFoundError(
             f"{what} {where}: no such folder, not in the Hub's local cache, and the Hub cannot be reached; "
             "give a folder, or run once with a network"
@@ -99,14 +102,19 @@ def _download(what: str, name: str, revision: str | None, *, files: list[str]) -
         ) from None
 
 
-def framer(name: str, revision: str | None = None) -> Framer:
+def framer(name: str, revision: str | None = None, *, local: bool = False) -> Framer:
     """The framer of a model: everything that turns text into aligned token ids, by its own tokenizer and template.
+
+    Args:
+        name: As for `model_folder`.
+        revision: Hub revision of `name`.
+        local: Look into the Hub's local cache only.
 
     Raises:
         FileNotFoundError: the model, its tokenizer or its template is missing.
         ValueError: the placeholder is not one token, or the template does not render (`ao._ao.AoError`).
     """
-    folder = model_folder(name, revision)
+    folder = model_folder(name, revision, local=local)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise FileNotFoundError(
@@ -159,6 +167,14 @@ def special_ids(model: ModelConfig) -> np.ndarray:
 
     tokenizer = read_manifest(model_folder(model.name, model.revision) / "tokenizer.json")
     return np.array(sorted(token["id"] for token in tokenizer["added_tokens"] if token["special"]), dtype=np.int32)
+
+
+def vocabulary_size(name: str, revision: str | None = None, *, local: bool = False) -> int:
+    """One more than the greatest id of a model's tokenizer. The arguments are those of `framer`."""
+    tokenizer = read_manifest(model_folder(name, revision, local=local) / "tokenizer.json")
+    words = tokenizer["model"]["vocab"]
+    ids = words.values() if isinstance(words, dict) else range(len(words))
+    return 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
 
 
 def num_layers(name: str, revision: str | None = None) -> int:

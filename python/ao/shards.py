@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +164,37 @@ class PackedDataset:
             )
         return data
 
+    @classmethod
+    def of_shards(cls, files: Sequence[Path]) -> PackedDataset:
+        """Shards without a manifest, as one data set: those of an unfinished build, or a single one.
+
+        Its `manifest` holds only what the shards' headers say: fingerprints, the build, and the shards themselves.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: there is no file, or one is not a shard of this version.
+        """
+        if not files:
+            raise ValueError("expected at least one shard, got none; build some with ao-pack")
+        headers = [json.loads(_ao.shard_metadata(str(file))) for file in files]
+        entries = [
+            {
+                "file": file.name,
+                "bytes": file.stat().st_size,
+                **{
+                    name: sum(source[name] for source in header["stats"]["sources"].values())
+                    for name in ("datapoints", "examples")
+                },
+            }
+            for file, header in zip(files, headers, strict=True)
+        ]
+        manifest = {"schema": SCHEMA, "build": headers[0]["build"], **headers[0]["fingerprints"], "shards": entries}
+        shards = [
+            _Shard(file, num_bytes=entry["bytes"], num_datapoints=entry["datapoints"])
+            for file, entry in zip(files, entries, strict=True)
+        ]
+        return cls(files[0].parent, manifest=manifest, shards=shards)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -171,9 +202,32 @@ class PackedDataset:
         num = len(self)
         if not -num <= index < num:
             raise IndexError(f"{self.folder}: datapoint {index} of {num}")
-        index %= num
+        shard, row = self._place(index % num)
+        return shard.datapoint(row)
+
+    def _place(self, index: int) -> tuple[_Shard, int]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shards[shard].datapoint(index - int(self._starts[shard]))
+        return self._shards[shard], index - int(self._starts[shard])
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of datapoint `index`, counted from 0, and its number there."""
+        shard, row = self._place(index)
+        return shard.path.name, row
+
+    def find(self, example: str) -> list[int]:
+        """Indices of the datapoints of an example: of that id, or of that id with `@L{layer}` behind it."""
+        found, wanted = [], example.encode()
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            texts, offsets = shard.arrays["id_bytes"].tobytes(), shard.arrays["id_offsets"]
+            at = texts.find(wanted)
+            while at >= 0:
+                row = int(np.searchsorted(offsets, at, side="right")) - 1
+                rest = texts[at + len(wanted) : offsets[row + 1]]
+                is_layer = rest.startswith(b"@L") and rest[2:].isdigit()
+                if offsets[row] == at and at + len(wanted) <= offsets[row + 1] and (not rest or is_layer):
+                    found.append(start + row)
+                at = texts.find(wanted, at + 1)
+        return found
 
     @cached_property
     def lengths(self) -> np.ndarray:

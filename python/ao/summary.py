@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+LENGTH_EDGES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+"""Upper bounds, exclusive, of the buckets in which shards count lengths; what is longer goes into one bucket more."""
 BAR = 24
 """Characters of the longest bar."""
+
+_OF_SOURCES = ("offered", "examples", "datapoints", "input_tokens", "answer_tokens", "context_tokens_read")
+_OF_SHARDS = ("contexts", "context_tokens", "placeholders", "duplicates")
+_BY_NAME = ("drops", "errors", "answers")
+
+
+def added_up(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts in shards' headers (`stats`), added up as a manifest has them."""
+    counts: Counter[str] = Counter(dict.fromkeys((*_OF_SOURCES, *_OF_SHARDS), 0))
+    lengths = {name: [0] * (len(LENGTH_EDGES) + 1) for name in ("input", "context")}
+    sources: dict[str, dict[str, Any]] = {}
+    for stats in shards:
+        counts.update({name: stats[name] for name in _OF_SHARDS})
+        for name, column in lengths.items():
+            column[:] = [mine + more for mine, more in zip(column, stats[f"{name}_lengths"], strict=True)]
+        for name, source in stats["sources"].items():
+            mine = sources.setdefault(name, {**dict.fromkeys(_OF_SOURCES, 0), **{key: Counter() for key in _BY_NAME}})
+            for key in _OF_SOURCES:
+                mine[key] += source[key]
+                counts[key] += source[key]
+            for key in _BY_NAME:
+                mine[key].update(source[key])
+    reasons = {key: sum((source[key] for source in sources.values()), Counter()) for key in ("drops", "errors")}
+    return {
+        "counts": dict(counts),
+        **{key: dict(found) for key, found in reasons.items()},
+        "lengths": {"edges": list(LENGTH_EDGES), **lengths},
+        "sources": {
+            name: {**source, **{key: dict(source[key]) for key in _BY_NAME}} for name, source in sorted(sources.items())
+        },
+    }
 
 
 def summarized(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +88,7 @@ def balance(answers: Mapping[str, int]) -> str:
     """The most frequent answers with their shares."""
     total = sum(answers.values())
     most = sorted(answers.items(), key=lambda entry: (-entry[1], entry[0]))
-    shown = ", ".join(f"{answer} {num / total:.0%}" for answer, num in most[:4])
+    shown = ", ".join(f"{printable(answer)} {num / total:.0%}" for answer, num in most[:4])
     return shown + (f", {len(most) - 4} more" if len(most) > 4 else "")
 
 
@@ -82,3 +116,8 @@ def many(number: int) -> str:
         if number >= size:
             return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
     return f"{number:,}"
+
+
+def printable(text: str) -> str:
+    """A text on one line, without anything that a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

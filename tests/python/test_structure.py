@@ -17,7 +17,7 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"demo"},
-    {"train", "eval"},
+    {"train", "eval", "inspection"},
     {"oracle", "pack", "plots", "rollouts"},
     {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "checkpoint", "shards", "distributed", "memory"},
@@ -30,7 +30,19 @@ ROWS = [
     {"_ao"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_FREE = ["config", "manifest", "prompt", "probes", "sources", "pack", "shards", "summary", "plan", "cli"]
+TORCH_FREE = [
+    "config",
+    "manifest",
+    "prompt",
+    "probes",
+    "sources",
+    "pack",
+    "shards",
+    "summary",
+    "plan",
+    "inspection",
+    "cli",
+]
 
 
 def module_of(path: Path) -> str:

@@ -1,0 +1,435 @@
+"""`ao inspect`: what a path holds, a packed data set's summary and datapoints, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ao import _ao
+from ao._ao import Framer
+from ao.inspection.rows import Style, described, row_text
+from ao.inspection.verify import Verified, verify
+from ao.manifest import read_manifest
+from ao.prompt import framer, vocabulary_size
+from ao.shards import PackedDataset
+from ao.summary import added_up, many, printable, summarized, summary_lines
+
+SHARDS_LISTED = 8
+"""A data set of more shards tells their sizes in one line."""
+
+_MADE_FOR = ("model", "num_layers", "weights", "tokenizer", "template", "placeholder", "date")
+
+
+def inspect(
+    path: Path,
+    *,
+    rows: Sequence[int] = (),
+    ids: Sequence[str] = (),
+    check: bool = False,
+    model: str | None = None,
+    plot: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Say what a path holds.
+
+    Args:
+        path: A packed data set, an unfinished one, a shard, a plan, an adapter, or a run's folder.
+        rows: Datapoints to show, by number; negative ones count from the end.
+        ids: Datapoints to show, by the ids of their examples.
+        check: Check checksums and contents instead.
+        model: Where the tokenizer is: a folder or a Hub id; the model that the data set names without one.
+        plot: PNG file to draw lengths and answers into.
+        progress: Show a progress bar on stderr while checking.
+
+    Returns:
+        `kind`, `path` and `notes` (what to know, and what to do next); of a data set its manifest, or `rows` as
+        `ao.inspection.rows.described` gives them, or what was `checked`, `problems` and whether it is `ok`.
+
+    Raises:
+        FileNotFoundError: there is nothing, or `model` is not there.
+        IndexError: there is no such row.
+        ValueError: it is nothing of ao's, has no rows to show, or `model` has another tokenizer.
+    """
+    found = _find(Path(path))
+    result: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "notes": found.notes}
+    if not found.is_data:
+        if rows or ids or check or plot:
+            raise ValueError(
+                f"{found.path}: {found.what}, without datapoints; --row, --id, --verify and --plot are for packed data sets"
+            )
+        return {**result, **found.content}
+    if check:
+        return {**result, **_verified(found, model, progress=progress)}
+    if rows or ids:
+        return {**result, **_rows(found, rows, ids, model)}
+    summary = _summary(found)
+    if plot is not None:
+        if not summary["shards"]:
+            raise ValueError(f"{found.path}: no shard is finished, so there is nothing to draw")
+        from ao.plots import data_chart
+
+        data_chart(plot, summary, title=found.path.name)
+        result["plot"] = str(plot)
+    return {**result, **summary}
+
+
+def text(result: Mapping[str, Any], *, color: bool = False) -> str:
+    """What `inspect` returns, for a terminal (`color`) or a page."""
+    style = Style(color=color)
+    if "rows" in result:
+        body = "\n\n\n".join(row_text(row, style) for row in result["rows"]).split("\n")
+    elif "ok" in result:
+        body = _verdict(result)
+    elif result["kind"] in ("packed", "unfinished", "shard"):
+        body = _summary_text(result, style)
+    elif result["kind"] == "plan":
+        body = [
+            style.head(f"{result['path']}: the plan of an epoch"),
+            *_table({**result["settings"], **result["plan"]}),
+        ]
+    else:
+        body = [style.head(f"{result['path']}: {_KINDS[result['kind']]}"), *_table(result.get("content", {}))]
+    return "\n".join([*body, *(f"\n{note}" for note in result["notes"])])
+
+
+# What is there
+
+
+class _Found:
+    """What a path holds."""
+
+    def __init__(
+        self, kind: str, path: Path, *, content: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.kind = kind
+        self.path = path
+        self.content = dict(content or {})
+        self.notes = list(notes)
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return _KINDS[self.kind]
+
+    @property
+    def is_data(self) -> bool:
+        """Whether there are datapoints."""
+        return self.kind in ("packed", "unfinished", "shard")
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shards that are there, of a data set without a manifest."""
+        return [self.path] if self.kind == "shard" else sorted(self.path.glob("shard-*.safetensors"))
+
+    def open(self) -> PackedDataset:
+        """Its datapoints."""
+        return PackedDataset.open(self.path) if self.kind == "packed" else PackedDataset.of_shards(self.shards)
+
+
+_KINDS = {
+    "packed": "a packed data set",
+    "unfinished": "an unfinished build of a packed data set",
+    "shard": "a shard of a packed data set",
+    "plan": "the plan of an epoch",
+    "adapter": "an oracle's adapter",
+    "run": "a folder of runs",
+}
+
+
+def _find(path: Path) -> _Found:
+    unfinished = path.with_name(path.name + ".partial")
+    if not path.exists():
+        if unfinished.is_dir():
+            return _unfinished(unfinished)
+        raise FileNotFoundError(f"{path}: there is no such file or folder; ao-pack makes packed data sets")
+    if path.is_file():
+        return _file(path)
+    if (path / "manifest.json").is_file():
+        return _packed(path)
+    if list(path.glob("shard-*.safetensors")) or list(path.glob("part-*-of-*.json")) or path.suffix == ".partial":
+        return _unfinished(path)
+    if (path / "adapter_config.json").is_file():
+        return _Found("adapter", path, content={"content": _adapter(path)})
+    inside = {each.name: found.what for each in sorted(path.iterdir()) if each.is_dir() and (found := _glance(each))}
+    if inside:
+        first = path / next(iter(inside))
+        return _Found("run", path, content={"content": inside}, notes=[f"look at one of them: ao inspect {first}"])
+    raise ValueError(
+        f"{path}: neither a packed data set (manifest.json) nor an adapter (adapter_config.json); give the folder that "
+        "ao-pack or ao train wrote"
+    )
+
+
+def _glance(folder: Path) -> _Found | None:
+    try:
+        return _find(folder)
+    except (ValueError, OSError):
+        return None
+
+
+def _file(path: Path) -> _Found:
+    if path.name == "manifest.json":
+        return _find(path.parent)
+    if path.suffix == ".toml":
+        raise ValueError(f"{path}: a recipe; build its data set with ao-pack {path}, then inspect that folder")
+    with open(path, "rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
+    try:
+        metadata = json.loads(json.loads(header)["__metadata__"]["ao"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
+        ) from None
+    if metadata.get("kind") == "plan":
+        from ao.plan import Plan
+
+        plan = Plan.load(path)
+        made_for = {"settings": metadata["settings"], "data": metadata["data"], "plan": plan.statistics()}
+        return _Found("plan", path, content=made_for)
+    return _Found("shard", path)
+
+
+def _packed(path: Path) -> _Found:
+    notes = []
+    if path.suffix == ".partial":
+        notes = [f"it is whole but for its name: mv {path} {path.with_suffix('')}"]
+    manifest = read_manifest(path / "manifest.json")
+    if (kind := manifest.get("kind")) != "packed":
+        raise ValueError(f"{path}: expected the manifest of a packed data set, got kind {kind!r}")
+    wanted = ("schema", "build", "framer", "oracle", "targets", "config", "inputs", "shards")
+    lacking = [name for name in (*wanted, *added_up([])) if name not in manifest]
+    if lacking:
+        raise ValueError(f"{path}: manifest.json lacks {', '.join(lacking)}; rerun ao-pack with this version of ao")
+    return _Found("packed", path, notes=notes)
+
+
+def _unfinished(path: Path) -> _Found:
+    """A build that goes on or was stopped: which parts are done, and how it becomes whole."""
+    parts, begun = ({}, {})
+    for file in path.iterdir():
+        if match := re.fullmatch(r"part-(\d+)-of-(\d+)\.json", file.name):
+            parts[int(match[1]), int(match[2])] = read_manifest(file)
+        elif match := re.fullmatch(r"\.lock-(\d+)-of-(\d+)", file.name):
+            begun[int(match[1]), int(match[2])] = file
+    divisions = {of for _, of in (*parts, *begun)}
+    num_shards = len(list(path.glob("shard-*.safetensors")))
+    notes = [f"{num_shards} shards are finished; {path.with_suffix('')} will stand when all are"]
+    for of in sorted(divisions):
+        missing = [index for index in range(of) if (index, of) not in parts]
+        if of == 1:
+            notes.append("if no process is at work on it: ao-pack RECIPE --resume goes on; or remove the folder")
+        elif missing:
+            steps = ", ".join(f"{index}/{of}" + (" (begun)" if (index, of) in begun else "") for index in missing)
+            notes.append(
+                f"{of - len(missing)} of {of} parts are finished; run --part {steps}, then ao-pack RECIPE --merge"
+            )
+        else:
+            notes.append(f"all {of} parts are finished: ao-pack RECIPE --merge")
+    checksums = {
+        shard["file"]: {name: shard[name] for name in ("sha256", "bytes", "datapoints", "examples")}
+        for part in parts.values()
+        for shard in part.get("shards", [])
+    }
+    return _Found("unfinished", path, content={"checksums": checksums}, notes=notes)
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """What an adapter says of itself, without loading it."""
+    lora = read_manifest(path / "adapter_config.json")
+    shown = {"base": lora.get("base_model_name_or_path"), "rank": lora.get("r"), "alpha": lora.get("lora_alpha")}
+    if (path / "ao_config.json").is_file():
+        config = read_manifest(path / "ao_config.json")
+        shown |= {
+            "model": config.get("model_name"),
+            "injection": config.get("ao", {}).get("injection"),
+            "injected after block": config.get("hook_onto_layer"),
+            "layers read": config.get("act_layer_combinations", config.get("layer_combinations")),
+        }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+# Summary
+
+
+def _headers(files: Sequence[Path]) -> list[dict[str, Any]]:
+    return [json.loads(_ao.shard_metadata(str(file))) for file in files]
+
+
+def _summary(found: _Found) -> dict[str, Any]:
+    """The manifest, or what the shards that are there have of it, with the factor that sharing saves."""
+    if found.kind == "packed":
+        manifest = read_manifest(found.path / "manifest.json")
+    elif found.shards:
+        manifest = {**PackedDataset.of_shards(found.shards).manifest}
+        manifest |= added_up([header["stats"] for header in _headers(found.shards)])
+    else:
+        return {"shards": []}
+    return {name: value for name, value in manifest.items() if name != "kind"} | summarized(manifest)
+
+
+def _summary_text(summary: Mapping[str, Any], style: Style) -> list[str]:
+    lines = [style.head(f"{summary['path']}: {_KINDS[summary['kind']]}")]
+    shards = summary["shards"]
+    if not shards:
+        return [*lines, "  no shard is finished"]
+    oracle, targets = summary["oracle"], summary["targets"]
+    lines.append(f"  {'build':<11} {summary['build'][:12]}.., schema {summary['schema']}")
+    lines.append(f"  {'oracle':<11} {_model(oracle)}")
+    for name, target in targets.items():
+        same = "the oracle's base" if target == oracle else _model(target)
+        lines.append(f"  {'target':<11} {same}" + (f" ({name})" if len(targets) > 1 else ""))
+    if config := summary.get("config"):
+        lines.append(
+            f"  {'recipe':<11} seed {config['seed']}; depths {', '.join(map(str, config['read_depths']))}, "
+            f"{config['layers_per_example']} per example; {config['examples_per_shard']:,} examples a shard"
+        )
+    size = sum(shard["bytes"] for shard in shards)
+    lines.append(
+        f"  {'examples':<11} {summary['examples']:,} of {summary['offered']:,}, {summary['datapoints']:,} datapoints"
+    )
+    lines.append(f"  {'shards':<11} {len(shards):,} with {many(size)}B")
+    if len(shards) <= SHARDS_LISTED:
+        for shard in shards:
+            sha256 = f"  sha256 {shard['sha256'][:12]}.." if "sha256" in shard else ""
+            lines.append(
+                f"    {shard['file']} {shard['datapoints']:>11,} datapoints {many(shard['bytes']):>9}B{sha256}"
+            )
+    return [*lines, *summary_lines(summary)]
+
+
+def _model(made_for: Mapping[str, Any]) -> str:
+    """Name and fingerprints, those cut that would fill the line."""
+    shown = {name: str(made_for[name]) for name in _MADE_FOR[1:] if made_for.get(name)}
+    short = {name: f"{value[:8]}.." if len(value) == 64 else repr(value) for name, value in shown.items()}
+    short["num_layers"] = shown["num_layers"]
+    return f"{made_for['model']} (" + ", ".join(f"{name} {value}" for name, value in short.items()) + ")"
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name} {key}": each for key, each in value.items()}
+        else:
+            flat[name] = value
+    flat = {name.replace("_", " "): value for name, value in flat.items() if value is not None}
+    width = max(map(len, flat), default=0)
+    return [f"  {name:<{width}}  {_number(value)}" for name, value in flat.items()]
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# Datapoints
+
+
+def _rows(found: _Found, rows: Sequence[int], ids: Sequence[str], model: str | None) -> dict[str, Any]:
+    data = found.open()
+    chosen = list(rows)
+    for each in ids:
+        matches = data.find(each)
+        if not matches:
+            raise IndexError(f"{found.path}: no datapoint of an example {each!r}; ids stand in the sources' order")
+        chosen += matches
+    for row in chosen:
+        if not -len(data) <= row < len(data):
+            raise IndexError(f"{found.path}: there is no row {row}; rows are 0 to {len(data) - 1}, or -1 for the last")
+    texts, why = _texts(data.manifest, model)
+    notes = found.notes if found.kind != "packed" else []
+    if texts is None:
+        notes = [*notes, f"token ids only: {why}; --model FOLDER or OWNER/NAME says where the tokenizer is"]
+    return {"notes": notes, "rows": [described(data, row, texts) for row in chosen]}
+
+
+def _texts(manifest: Mapping[str, Any], model: str | None) -> tuple[Framer | None, str]:
+    """The framer that the data set was packed with, or why there is none.
+
+    Raises:
+        FileNotFoundError: `model` is given and is not there.
+        ValueError: `model` is given and has another tokenizer.
+    """
+    oracle = manifest["oracle"]
+    name = oracle["model"] if model is None else model
+    try:
+        texts = framer(name, local=model is None)
+        if (found := texts.fingerprint["tokenizer"]) != oracle["tokenizer"]:
+            raise ValueError(
+                f"model {name!r} has another tokenizer than the data set was packed with (expected "
+                f"{oracle['tokenizer'][:8]}.., got {found[:8]}..)"
+            )
+    except (ValueError, OSError) as error:
+        if model is not None:
+            raise
+        return None, str(error)
+    return texts, ""
+
+
+# Checks
+
+
+def _verified(found: _Found, model: str | None, *, progress: bool) -> dict[str, Any]:
+    problems: list[str] = []
+    if found.kind == "packed":
+        manifest = read_manifest(found.path / "manifest.json")
+        entries, folder = manifest["shards"], found.path
+        listed = {entry["file"] for entry in entries}
+        problems += [
+            f"{file.name}: manifest.json does not list it; remove it, or build the data set again"
+            for file in found.shards
+            if file.name not in listed
+        ]
+        expected = [f"shard-{number:05d}.safetensors" for number in range(len(entries))]
+        if sorted(listed) != expected:
+            problems.append(
+                f"manifest.json: expected {len(entries)} shards from {expected[0]} on, each once; build it again"
+            )
+    elif found.shards:
+        folder, manifest = found.shards[0].parent, PackedDataset.of_shards(found.shards).manifest
+        checksums = found.content.get("checksums", {})
+        entries = [{"file": file.name, **checksums.get(file.name, {})} for file in found.shards]
+        missing = sorted(set(checksums) - {entry["file"] for entry in entries})
+        problems += [f"{name}: missing, though its part is finished; build that part again" for name in missing]
+    else:
+        return {"ok": True, "checked": {"shards": 0}, "problems": []}
+    texts, why = _texts(manifest, model)
+    name = manifest["oracle"]["model"] if model is None else model
+    vocabulary = None if texts is None else vocabulary_size(name, local=model is None)
+    total = sum(file.stat().st_size for entry in entries if (file := folder / entry["file"]).is_file())
+    with _bar(total, show=progress) as step:
+        done = verify(folder, entries, manifest=manifest, vocabulary=vocabulary, step=step)
+    problems += done.problems
+    notes = found.notes
+    if texts is None:
+        notes = [
+            *notes,
+            f"not checked: ids against the vocabulary, as the tokenizer is not at hand ({why}); see --model",
+        ]
+    return {"notes": notes, "ok": not problems, "checked": _checked(done, vocabulary), "problems": problems}
+
+
+def _checked(done: Verified, vocabulary: int | None) -> dict[str, Any]:
+    names = ("shards", "datapoints", "contexts", "tokens", "bytes")
+    return {**{name: getattr(done, name) for name in names}, "vocabulary": vocabulary}
+
+
+def _verdict(result: Mapping[str, Any]) -> list[str]:
+    checked, problems = result["checked"], result["problems"]
+    counted = ", ".join(f"{checked.get(name, 0):,} {name}" for name in ("shards", "datapoints", "contexts", "tokens"))
+    verdict = "all is well" if result["ok"] else f"{len(problems)} problem{'s' * (len(problems) != 1)}"
+    return [f"{result['path']}: checked {counted}: {verdict}", *(f"  {printable(problem)}" for problem in problems)]
+
+
+@contextmanager
+def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
+    if not show:
+        yield lambda num_bytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="verify", total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        yield bar.update
