@@ -31,8 +31,6 @@ DRAWS_PER_TEXT = 6
 QUESTIONS_PER_TEXT = 8
 """48,000 examples of about 6,000 texts in each of the paper's seven families."""
 QUESTIONS_PER_STIMULUS = 4
-DROPPED_CHATS = 1.16
-"""More chats than the mixture has, for the draws that are dropped because they would predict a chat's markup."""
 
 
 def cache_folder() -> Path:
@@ -169,9 +167,9 @@ def mixture(examples: int) -> tuple[Path, list[dict[str, Any]]]:
 def _write_mixture(folder: Path, examples: int) -> None:
     thousands = examples / 1000
     write = Writer(min(200 * examples / 1e6 + 4, 180), seed=examples)
-    texts, chats = round(300 * thousands / DRAWS_PER_TEXT), round(300 * thousands * DROPPED_CHATS / DRAWS_PER_TEXT)
-    _write_lines(folder / "texts.jsonl", ({"text": write.text(1550, 2300)} for _ in range(texts)))
-    _write_lines(folder / "chats.jsonl", ({"messages": _chat(write)} for _ in range(chats)))
+    documents = round(300 * thousands / DRAWS_PER_TEXT)
+    _write_lines(folder / "texts.jsonl", ({"text": write.text(1550, 2300)} for _ in range(documents)))
+    _write_lines(folder / "chats.jsonl", ({"messages": _chat(write)} for _ in range(documents)))
     for name, labels in FAMILIES.items():
         rows = round(48 * thousands / QUESTIONS_PER_TEXT)
         # In turn, so that the first few rows have every label.
