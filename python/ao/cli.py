@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ao import config as configs
-from ao.config import DataConfig, EvalConfig, ModelConfig, Recipe, TrainConfig, load_recipe
+from ao.config import DataConfig, EvalConfig, ModelConfig, PlanOptions, Recipe, TrainConfig, load_recipe
 
 if TYPE_CHECKING:
     from ao.oracle import Answer
@@ -80,7 +80,7 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(PlanOptions):
     """Show how full rows of some token budgets would be, or write the plan of one epoch."""
 
     packed: tyro.conf.Positional[Path]
@@ -89,26 +89,6 @@ class Plan:
     """Token budgets of a row to compare; one with --out."""
     out: Path | None = None
     """File of the plan, a safetensors file."""
-    examples_per_step: int | None = None
-    """Datapoints of a step over all ranks; without it, steps are rows."""
-    tokens_per_step: int | None = None
-    """Tokens of a step over all ranks; one row for each rank without it."""
-    context_tokens_per_row: int | None = None
-    """Second budget of a row: its datapoints' context tokens."""
-    examples_per_row: int | None = None
-    """Most datapoints of a row."""
-    padded: bool = False
-    """Rows are rectangles, as a model needs that does not only attend."""
-    longer_alone: bool = False
-    """A datapoint that is longer than a row gets a row of its own; otherwise it is an error."""
-    window: int = 64
-    """Steps within which all datapoints of a shared context fall."""
-    ranks: int = 1
-    """Ranks that divide each step."""
-    seed: int = 0
-    """Keys the order."""
-    epoch: int = 0
-    """Keys the order too."""
     json: bool = False
     """One JSON object on stdout."""
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ao import _ao
+from ao.config import PlanOptions
 from ao.manifest import canonical_json, write_atomic
 from ao.shards import PackedDataset
 
@@ -37,31 +38,11 @@ _ARRAYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class PlanSettings(PlanOptions):
     """What a plan is made for."""
 
     tokens_per_row: int
     """Token budget of a row, which is one forward pass."""
-    examples_per_step: int | None = None
-    """Datapoints of a step over all ranks; without it, steps are rows."""
-    tokens_per_step: int | None = None
-    """Tokens of a step over all ranks, a multiple of ranks * tokens_per_row; without it, one row for each rank."""
-    context_tokens_per_row: int | None = None
-    """Second budget of a row: its datapoints' context tokens, each datapoint's own counted, shared or not."""
-    examples_per_row: int | None = None
-    """Most datapoints of a row."""
-    padded: bool = False
-    """Rows are rectangles, as a model needs that does not only attend: a row costs its datapoints times the longest."""
-    longer_alone: bool = False
-    """A datapoint above a budget gets a row of its own; otherwise it is an error."""
-    window: int = 64
-    """Steps within which all datapoints of a shared context fall."""
-    ranks: int = 1
-    """Ranks that divide each step."""
-    seed: int = 0
-    """Keys the order."""
-    epoch: int = 0
-    """Keys the order too."""
 
 
 @dataclass(frozen=True, eq=False)
