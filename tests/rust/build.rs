@@ -101,6 +101,50 @@ fn a_merge_proves_every_shard() {
     assert!(build(&foreign).contains("belongs to another build"));
 }
 
+/// A process that is killed while it writes leaves a torn file beside the place of the whole one.
+#[test]
+fn torn_files_of_every_kind_go() {
+    let framer = common::gemma();
+    let expected = whole(&framer);
+    let torn = |folder: &Path| {
+        for name in ["manifest.json", "shard-00002.safetensors", "shard-00003.safetensors", "part-1-of-2.json"] {
+            std::fs::write(folder.join(format!(".{name}.4711.12.partial")), b"torn").unwrap();
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    torn(folder.path());
+    common::pack_with(&framer, folder.path(), &settings(), RESUME).unwrap();
+    assert_eq!(common::files(folder.path()), expected);
+
+    let folder = tempfile::tempdir().unwrap();
+    torn(folder.path());
+    common::pack_with(&framer, folder.path(), &settings(), part(1, 2)).unwrap();
+    let left: Vec<String> =
+        common::files(folder.path()).into_keys().filter(|name| name.ends_with(".partial")).collect();
+    assert_eq!(left, [".manifest.json.4711.12.partial", ".shard-00002.safetensors.4711.12.partial"], "not its own");
+    common::pack_with(&framer, folder.path(), &settings(), part(0, 2)).unwrap();
+    merge(folder.path()).unwrap();
+    assert_eq!(common::files(folder.path()), expected);
+}
+
+#[test]
+fn a_merge_that_was_stopped_can_be_repeated() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    for index in 0..2 {
+        common::pack_with(&framer, folder.path(), &settings(), part(index, 2)).unwrap();
+    }
+    let part_file = folder.path().join("part-1-of-2.json");
+    let kept = std::fs::read(&part_file).unwrap();
+    let text = merge(folder.path()).unwrap();
+    // Stopped between the manifest and the removal of the last part.
+    std::fs::write(&part_file, kept).unwrap();
+    assert_eq!(merge(folder.path()).unwrap(), text);
+    assert_eq!(common::files(folder.path()), whole(&framer));
+    std::fs::write(folder.path().join("shard-00001.safetensors"), b"damaged").unwrap();
+    assert!(merge(folder.path()).unwrap_err().to_string().contains("damaged: sha256 expected"));
+}
+
 /// Builds the first `examples` of the records and stops there, as a kill would, with a torn file beside.
 fn stop_early(framer: &Framer, folder: &Path, examples: usize) {
     let mut writer = common::writer(framer, folder, &settings()).unwrap();

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::frame::Framer;
 use crate::layout;
-use crate::manifest::{canonical_json, sha256_hex, write_atomic};
+use crate::manifest::{canonical_json, sha256_hex, torn, write_atomic};
 use crate::settings::PackSettings;
 use crate::shard::SCHEMA;
 use crate::stats::{LENGTH_EDGES, Stats};
@@ -203,11 +203,13 @@ fn lock_name(part: Part) -> String {
     format!(".lock-{}-of-{}", part.index, part.of)
 }
 
-/// Whether a file is what a killed process of this part left behind.
+/// Whether a file is what a killed process of this part left behind: a torn shard, its own file, or a torn manifest.
 fn is_unfinished(name: &str, part: Part) -> bool {
-    let inner = name.strip_prefix('.').filter(|name| name.ends_with(".partial"));
-    let number = inner.and_then(|inner| inner.split_inclusive(".safetensors").next()).and_then(shard_number);
-    number.is_some_and(|number| part.has(number))
+    torn(name).is_some_and(|name| {
+        shard_number(name).is_some_and(|number| part.has(number))
+            || name == part_name(part)
+            || (part.is_all() && name == MANIFEST)
+    })
 }
 
 fn names(folder: &Path) -> Result<BTreeSet<String>> {
@@ -223,7 +225,8 @@ fn remove(path: &Path) -> Result<()> {
 /// Remove what only an unfinished build needs.
 fn clean(folder: &Path) -> Result<()> {
     for name in names(folder)? {
-        if name.starts_with(".lock-") || is_part(&name) {
+        let is_torn = torn(&name).is_some_and(|name| shard_number(name).is_some() || is_part(name) || name == MANIFEST);
+        if name.starts_with(".lock-") || is_part(&name) || is_torn {
             remove(&folder.join(name))?;
         }
     }
@@ -237,7 +240,7 @@ fn entries(folder: &Path, build: &str, numbers: &[usize]) -> Result<BTreeMap<usi
 
 fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
     let path = folder.join(shard_name(number));
-    layout::layout(&path)?;
+    let arrays = layout::layout(&path)?;
     let metadata: Value = serde_json::from_str(&layout::metadata(&path)?).map_err(Error::input)?;
     let found = metadata["build"].as_str().unwrap_or_default();
     if found != build || metadata["shard"].as_u64() != Some(number as u64) {
@@ -250,6 +253,13 @@ fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
     }
     let stats: Stats = serde_json::from_value(metadata["stats"].clone())
         .map_err(|error| Error::shard(&path, format!("its counts cannot be read: {error}; remove it and resume")))?;
+    let rows = arrays.iter().find(|array| array.name == "answer_start").map_or(0, |array| array.shape[0]);
+    if !stats.are_of(rows) {
+        return Err(Error::shard(
+            &path,
+            format!("its counts are not those of its {rows} datapoints; remove it and resume"),
+        ));
+    }
     let (sha256, bytes) = layout::digest(&path)?;
     Ok(ShardEntry { number, sha256, bytes, stats })
 }
@@ -299,6 +309,35 @@ fn write_manifest(folder: &Path, identity: &Identity, shards: &BTreeMap<usize, S
     Ok(manifest)
 }
 
+/// A manifest that was written, as far as its shards are concerned.
+#[derive(Deserialize)]
+struct Written {
+    shards: Vec<WrittenShard>,
+}
+
+#[derive(Deserialize)]
+struct WrittenShard {
+    file: String,
+    sha256: String,
+}
+
+/// The manifest of a merge that was stopped behind it, its shards proved once more.
+fn finished(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(MANIFEST);
+    let text = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        read => read.map_err(|error| Error::io(&path, "reading", error))?,
+    };
+    let wrong = |what: String| Error::input(format!("{}: {what}; remove it and merge again", path.display()));
+    let written: Written =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("not the manifest of a data set: {error}")))?;
+    if written.shards.is_empty() || written.shards.iter().any(|shard| shard_number(&shard.file).is_none()) {
+        return Err(wrong("it lists no shards, or other files".to_owned()));
+    }
+    written.shards.par_iter().try_for_each(|shard| layout::verify(&folder.join(&shard.file), &shard.sha256))?;
+    Ok(Some(text))
+}
+
 /// What a finished part says of itself.
 #[derive(Deserialize)]
 struct PartFile {
@@ -315,11 +354,16 @@ struct PartShard {
     sha256: String,
 }
 
-/// Prove that the parts in `folder` make one whole build, write its manifest and return its text.
+/// Prove that the parts in `folder` make one whole build, write its manifest and return its text. A merge that was
+/// stopped can be run again.
 ///
 /// # Errors
 /// If a part or a shard is missing, changed since, or of another build.
 pub fn merge(folder: &Path) -> Result<String> {
+    if let Some(text) = finished(folder)? {
+        clean(folder)?;
+        return Ok(text);
+    }
     let parts = read_parts(folder)?;
     let first = &parts[0];
     if let Some(other) = parts.iter().find(|part| part.identity.build != first.identity.build) {
@@ -342,16 +386,33 @@ pub fn merge(folder: &Path) -> Result<String> {
             other.num_shards
         )));
     }
-    let numbers: Vec<usize> = (0..first.num_shards).collect();
+    let mut listed = BTreeMap::new();
+    for shard in parts.iter().flat_map(|part| &part.shards) {
+        let number = shard_number(&shard.file).filter(|&number| number < first.num_shards).ok_or_else(|| {
+            Error::input(format!(
+                "{}: a part lists {:?}, which is none of its {} shards; build that part again",
+                folder.display(),
+                shard.file,
+                first.num_shards
+            ))
+        })?;
+        listed.insert(number, &shard.sha256);
+    }
+    if listed.len() != first.num_shards {
+        return Err(Error::input(format!(
+            "{}: the parts list {} shards of {}; build those again that lack some",
+            folder.display(),
+            listed.len(),
+            first.num_shards
+        )));
+    }
+    let numbers: Vec<usize> = listed.keys().copied().collect();
     let shards = entries(folder, &first.identity.build, &numbers)?;
-    for listed in parts.iter().flat_map(|part| &part.shards) {
-        let found = shard_number(&listed.file).and_then(|number| shards.get(&number));
-        if found.is_none_or(|shard| shard.sha256 != listed.sha256) {
-            return Err(Error::shard(
-                &folder.join(&listed.file),
-                "it is not the file that its part wrote; build that part again",
-            ));
-        }
+    if let Some(shard) = shards.values().find(|shard| *listed[&shard.number] != shard.sha256) {
+        return Err(Error::shard(
+            &folder.join(shard_name(shard.number)),
+            "it is not the file that its part wrote; build that part again",
+        ));
     }
     let text = write_manifest(folder, &first.identity, &shards)?;
     clean(folder)?;

@@ -92,6 +92,14 @@ pub fn write_atomic(path: &Path, data: &[u8]) -> Result<()> {
     sibling.rename_to(path)
 }
 
+/// The name that a temporary file of [`write_atomic`] was to take, where `name` is one's that a killed process left.
+pub(crate) fn torn(name: &str) -> Option<&str> {
+    let inner = name.strip_prefix('.')?.strip_suffix(".partial")?;
+    let mut parts = inner.rsplitn(3, '.');
+    let is_number = |part: Option<&str>| part.is_some_and(|part| part.bytes().all(|byte| byte.is_ascii_digit()));
+    (is_number(parts.next()) && is_number(parts.next())).then(|| parts.next())?
+}
+
 /// A temporary file beside its final place, removed when dropped before the rename.
 struct Sibling {
     path: PathBuf,

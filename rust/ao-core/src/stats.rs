@@ -76,12 +76,16 @@ impl SourceStats {
     }
 
     fn add(&mut self, other: &Self) {
-        self.offered += other.offered;
-        self.examples += other.examples;
-        self.datapoints += other.datapoints;
-        self.input_tokens += other.input_tokens;
-        self.answer_tokens += other.answer_tokens;
-        self.context_tokens_read += other.context_tokens_read;
+        for (mine, theirs) in [
+            (&mut self.offered, other.offered),
+            (&mut self.examples, other.examples),
+            (&mut self.datapoints, other.datapoints),
+            (&mut self.input_tokens, other.input_tokens),
+            (&mut self.answer_tokens, other.answer_tokens),
+            (&mut self.context_tokens_read, other.context_tokens_read),
+        ] {
+            add_one(mine, theirs);
+        }
         for (mine, theirs) in
             [(&mut self.drops, &other.drops), (&mut self.errors, &other.errors), (&mut self.answers, &other.answers)]
         {
@@ -101,17 +105,32 @@ impl Stats {
         self.context_lengths = histogram(datapoints.iter().map(|datapoint| datapoint.context_ids.len()));
     }
 
+    /// Whether these can be the counts of a shard with so many datapoints.
+    pub(crate) fn are_of(&self, rows: usize) -> bool {
+        let is_histogram = |lengths: &[u64]| {
+            lengths.len() == LENGTH_EDGES.len() + 1
+                && lengths.iter().try_fold(0, |sum: u64, &count| sum.checked_add(count)) == Some(rows as u64)
+        };
+        is_histogram(&self.input_lengths)
+            && is_histogram(&self.context_lengths)
+            && self.total().datapoints == rows as u64
+    }
+
     /// Add another shard's counts.
     pub fn add(&mut self, other: &Self) {
-        self.contexts += other.contexts;
-        self.context_tokens += other.context_tokens;
-        self.placeholders += other.placeholders;
-        self.duplicates += other.duplicates;
+        for (mine, theirs) in [
+            (&mut self.contexts, other.contexts),
+            (&mut self.context_tokens, other.context_tokens),
+            (&mut self.placeholders, other.placeholders),
+            (&mut self.duplicates, other.duplicates),
+        ] {
+            add_one(mine, theirs);
+        }
         for (mine, theirs) in
             [(&mut self.input_lengths, &other.input_lengths), (&mut self.context_lengths, &other.context_lengths)]
         {
             mine.resize(mine.len().max(theirs.len()), 0);
-            mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
+            mine.iter_mut().zip(theirs).for_each(|(mine, &theirs)| add_one(mine, theirs));
         }
         for (name, source) in &other.sources {
             self.source(name).add(source);
@@ -135,6 +154,11 @@ fn histogram(lengths: impl Iterator<Item = usize>) -> Vec<u64> {
 
 fn add_counted(mine: &mut Counted, theirs: &Counted) {
     for (reason, count) in theirs {
-        *mine.entry(reason.clone()).or_default() += count;
+        add_one(mine.entry(reason.clone()).or_default(), *count);
     }
+}
+
+/// No build counts that far, but a damaged header may.
+fn add_one(mine: &mut u64, theirs: u64) {
+    *mine = mine.saturating_add(theirs);
 }
