@@ -143,7 +143,7 @@ impl Drawing {
         };
         let read = if single { [1, 1] } else { settings.window };
         let answer = settings.predict;
-        (available >= read[0] + answer[0]).then_some(Self { read, answer, available, next })
+        (available >= read[0].saturating_add(answer[0])).then_some(Self { read, answer, available, next })
     }
 
     fn place(&self, draws: &mut Draws) -> Place {

@@ -4,6 +4,7 @@
 //! private-use mark in place of each content; the pieces between the marks, joined with the real contents (or with
 //! their white space cut, as many templates do), must spell the real rendering, else nothing is told.
 
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use crate::affine::QUOTED_MARK;
@@ -174,28 +175,39 @@ impl Located {
         Ok(located)
     }
 
-    /// Place the contents from the next one on, which must begin at byte `at`; `false` leaves nothing changed.
+    /// Place all contents, of which the first must begin at byte `at`; `false` if they do not spell the text. The longest
+    /// form of a content that lets the others fit is taken; what was tried in vain is not tried again.
     fn place(&mut self, messages: &[Message], text: &str, at: usize) -> bool {
-        let number = self.contents.len();
-        let Some(message) = messages.get(number) else {
-            return at == text.len();
-        };
-        for shown in forms(&message.content) {
-            let end = at + shown.len();
-            let piece = &self.skeleton.pieces[number + 1];
-            if !text[at..].starts_with(shown) || !text[end..].starts_with(piece.as_str()) {
+        let forms: Vec<Vec<&str>> = messages.iter().map(|message| forms(&message.content)).collect();
+        let mut failed: HashSet<(usize, usize)> = HashSet::new();
+        // For each content that is placed: where it begins, and which of its forms is to be tried next.
+        let mut way: Vec<(usize, usize)> = vec![(at, 0)];
+        while let Some(&(at, form)) = way.last() {
+            let number = way.len() - 1;
+            if number == messages.len() && at == text.len() {
+                break;
+            }
+            let shown = forms.get(number).filter(|_| !failed.contains(&(number, at))).and_then(|forms| forms.get(form));
+            let Some(&shown) = shown else {
+                failed.insert((number, at));
+                way.pop();
                 continue;
+            };
+            way[number].1 += 1;
+            let (end, piece) = (at + shown.len(), self.skeleton.pieces.get(number + 1));
+            if let Some(piece) = piece
+                && text[at..].starts_with(shown)
+                && text[end..].starts_with(piece.as_str())
+            {
+                way.push((end + piece.len(), 0));
             }
-            let next = end + piece.len();
-            self.contents.push(ByteSpan { start: at, end });
-            self.cut.push(shown.as_ptr() as usize - message.content.as_ptr() as usize);
-            if self.place(messages, text, next) {
-                return true;
-            }
-            self.contents.pop();
-            self.cut.pop();
         }
-        false
+        for ((message, forms), &(start, next)) in messages.iter().zip(&forms).zip(&way) {
+            let shown = forms[next - 1];
+            self.contents.push(ByteSpan { start, end: start + shown.len() });
+            self.cut.push(shown.as_ptr() as usize - message.content.as_ptr() as usize);
+        }
+        !way.is_empty()
     }
 
     /// The bytes of turn `number`, from its header to the next turn's, which may be the generation prompt.

@@ -47,7 +47,10 @@ impl Draws {
     /// A whole number in `low..=high`, each equally likely.
     pub fn between(&mut self, low: usize, high: usize) -> usize {
         assert!(low <= high, "an empty range has nothing to draw");
-        low + self.below((high - low) as u64 + 1) as usize
+        low + match ((high - low) as u64).checked_add(1) {
+            Some(bound) => self.below(bound) as usize,
+            None => self.bits() as usize,
+        }
     }
 
     /// A number in `0.0..1.0`.

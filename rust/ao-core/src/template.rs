@@ -20,6 +20,12 @@ use crate::locate::{Located, MARK, Skeleton};
 /// How many sequences of roles are remembered.
 const MOST_SKELETONS: usize = 512;
 
+/// The widest indent of `tojson`.
+const MOST_INDENT: usize = 64;
+
+/// How many steps a rendering may take. Real templates take some tens for each turn.
+const MOST_STEPS: u64 = 20_000_000;
+
 const NAME: &str = "chat_template";
 
 /// One compiled chat template with its variables.
@@ -45,6 +51,7 @@ impl Template {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(Error::template)?;
         environment.set_syntax(syntax.clone());
+        environment.set_fuel(Some(MOST_STEPS));
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", tojson);
         environment.add_filter("trim", |text: &str| text.trim_matches(is_python_space).to_owned());
@@ -181,6 +188,12 @@ fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let _: Option<bool> = options.get("ensure_ascii")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     options.assert_all_used()?;
+    if indent.is_some_and(|indent| indent > MOST_INDENT) {
+        return Err(minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            format!("tojson: the indent must be at most {MOST_INDENT}, got {}", indent.unwrap_or_default()),
+        ));
+    }
     if sort_keys == Some(true) {
         json.sort_all_objects();
     }
@@ -308,7 +321,10 @@ impl Date {
         let parts: Vec<u32> = text.split('-').filter_map(|part| part.parse().ok()).collect();
         match parts[..] {
             [year, month, day]
-                if text.len() == 10 && (1..=12).contains(&month) && (1..=days_in(year, month)).contains(&day) =>
+                if text.len() == 10
+                    && year > 0
+                    && (1..=12).contains(&month)
+                    && (1..=days_in(year, month)).contains(&day) =>
             {
                 Ok(Self { year, month, day })
             }

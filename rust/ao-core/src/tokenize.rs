@@ -46,6 +46,7 @@ impl Tokenizer {
             parts.remove("padding");
         }
         let fingerprint = sha256_hex(canonical_json(&root).as_bytes());
+        require_dense_ids(&root)?;
         tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
         let engine = Engine::from_canonical_json(&root)?;
         let mut added = HashMap::new();
@@ -120,6 +121,9 @@ impl Tokenizer {
         usize::try_from(id).ok().and_then(|at| self.roles.get(at).copied()).unwrap_or_default()
     }
 }
+
+/// Ids are below this; the largest vocabularies have some 300,000.
+const MOST_IDS: u64 = 1 << 24;
 
 /// U+2581 in UTF-8.
 const SPACE_BYTES: &[u8] = "\u{2581}".as_bytes();
@@ -244,6 +248,20 @@ impl Surfaces {
         }
         let surface = self.of(id);
         (!surface.is_empty() && rest.starts_with(surface)).then_some(surface.len())
+    }
+}
+
+/// Refuse ids far out, before tables by id are made: the engine's own are as long as the greatest id says.
+fn require_dense_ids(root: &Value) -> Result<()> {
+    let entries = root["model"]["vocab"].as_object().into_iter().flatten();
+    let added = root["added_tokens"].as_array().into_iter().flatten();
+    let ids = entries.map(|(token, id)| (token.as_str(), id));
+    let added = added.map(|token| (token["content"].as_str().unwrap_or_default(), &token["id"]));
+    match ids.chain(added).find(|(_, id)| id.as_u64().is_some_and(|id| id >= MOST_IDS)) {
+        None => Ok(()),
+        Some((token, id)) => Err(Error::tokenizer(format!(
+            "the id of {token:?} is {id}, but ids must be below {MOST_IDS}; the file is damaged"
+        ))),
     }
 }
 
