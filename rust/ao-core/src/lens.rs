@@ -67,12 +67,12 @@ pub(crate) fn draw(
         (framer.num_lead_tokens(context), context.ids.len())
     };
     let end = end.min(settings.max_context_tokens).min(most_context_tokens);
-    let Some(drawn) = Drawing::new(settings, end.saturating_sub(start), &mut draws) else {
+    let Some(drawing) = Drawing::new(settings, end.saturating_sub(start), &mut draws) else {
         return Ok(Err("context_too_short"));
     };
     let mut reason = "";
     for _ in 0..MOST_DRAWS {
-        let place = drawn.place(&mut draws);
+        let place = drawing.place(&mut draws);
         let answer_ids = &context.ids[start + place.answer_start..][..place.num_answer];
         if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
             reason = "special_token_in_answer";
@@ -86,7 +86,7 @@ pub(crate) fn draw(
         let first = (start + place.read_start) as i32;
         return Ok(Ok(Window {
             read_positions: (first..first + place.num_read as i32).collect(),
-            question: drawn.question(place.num_answer),
+            question: drawing.question(place.num_answer),
             answer,
         }));
     }
