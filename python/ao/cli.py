@@ -33,8 +33,9 @@ EvalConfig.__annotations__["tasks"] = Annotated[tuple[configs.TaskConfig, ...], 
 class Pack:
     """Build a packed data set from a recipe's sources.
 
-    "Pack" means: render, tokenize, align and lay out in shards. (Joining several sequences in one row comes later, in
-    the planner.)
+    "Pack" means: render, tokenize, align and lay out in shards. (Joining several sequences in one row comes later: `ao
+    plan`.) A build goes on in OUT.partial, which becomes OUT when it is whole; the same recipe and files give the same
+    bytes, in one go, in parts or resumed. `ao inspect OUT` shows what is in it.
     """
 
     recipe: tyro.conf.Positional[Path]
@@ -42,13 +43,15 @@ class Pack:
     out: Path | None = None
     """Folder of the packed data set, instead of data.out."""
     part: str = "0/1"
-    """i/n: build every n-th shard from the i-th on, i from 0; --merge joins the parts."""
+    """i/n: build only every n-th shard from the i-th on, i from 0, for n processes or machines that write into one folder;
+    --merge joins them."""
     merge: bool = False
-    """Prove that all parts are there and whole, and join them."""
+    """Prove that the parts in OUT.partial are all there, whole and of one build, and make them OUT."""
     resume: bool = False
-    """Go on with a build that was stopped."""
+    """Go on with a build, or a part, that was stopped: shards that are finished are checked and kept. Nothing is done
+    where OUT is whole already."""
     max_errors: int = 0
-    """Pass over this many bad examples, counted by reason, before stopping."""
+    """Pass over this many bad examples, counted by reason, before stopping; each part counts its own."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -362,8 +365,11 @@ def _inspect(command: Inspect) -> dict[str, Any]:
     if not command.json:
         is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
         encoding = sys.stdout.encoding or "utf-8"
-        # What the terminal cannot write is written as its code.
-        print(text(result, color=is_terminal).encode(encoding, "backslashreplace").decode(encoding))
+        try:
+            # What the terminal cannot write is written as its code.
+            print(text(result, color=is_terminal).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        except BrokenPipeError:  # `head` or a pager has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result
 
 

@@ -631,7 +631,7 @@ def test_a_plan_is_shown(packed: Path, tmp_path: Path) -> None:
         inspect(tmp_path / "epoch.plan", rows=[0])
 
 
-def test_other_folders_and_files_are_named(tmp_path: Path, packed: Path) -> None:
+def test_other_folders_and_files_are_named(tmp_path: Path, packed: Path, monkeypatch) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text('{"r": 16, "base_model_name_or_path": "demo"}')
     (tmp_path / "run" / "adapter" / "ao_config.json").write_text('{"model_name": "demo", "hook_onto_layer": 1}')
@@ -644,6 +644,8 @@ def test_other_folders_and_files_are_named(tmp_path: Path, packed: Path) -> None
     assert "adapter  an oracle's adapter" in page
     with pytest.raises(ValueError, match="an oracle's adapter, without datapoints; --row"):
         inspect(tmp_path / "run" / "adapter", check=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert inspect(Path("."))["kind"] == "run"
     (tmp_path / "recipe.toml").touch()
     (tmp_path / "notes.txt").write_text("years of work")
     (tmp_path / "empty").mkdir()
@@ -664,3 +666,23 @@ def test_a_picture_is_drawn(packed: Path, tmp_path: Path) -> None:
     inspect(packed, plot=tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_on_packing_reads_shards_with_safetensors_alone(packed: Path, tmp_path: Path, monkeypatch) -> None:
+    """The snippet of docs/packing.md, run as it stands, gives what the data set's own reader gives."""
+    page = (Path(__file__).parents[2] / "docs" / "packing.md").read_text(encoding="utf-8")
+    code = page.split("<!-- test: plain -->\n```python\n")[1].split("```")[0]
+    assert "ao" not in re.findall(r"(?:from|import) (\w+)", code)
+    (tmp_path / "packed").symlink_to(packed)
+    monkeypatch.chdir(tmp_path)
+    found: list[tuple[Any, ...]] = []
+    # The snippet ends inside its loop over datapoints.
+    exec(f"{code}    found.append((input_ids, labels, where, layers, context_ids, read))", {"found": found})
+    data = PackedDataset.open(packed)
+    assert len(found) == data.manifest["shards"][0]["datapoints"]
+    for point, (input_ids, labels, *arrays) in zip(data, found, strict=False):
+        assert input_ids.tolist() == point.input_ids.tolist()
+        learned = point.input_ids[point.answer_start :].tolist()
+        assert labels.tolist() == [-100] * point.answer_start + learned
+        expected = (point.placeholders, point.layers, point.context_ids, point.read_positions)
+        assert [array.tolist() for array in arrays] == [array.tolist() for array in expected]

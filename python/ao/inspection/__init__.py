@@ -93,7 +93,7 @@ def text(result: Mapping[str, Any], *, color: bool = False) -> str:
         ]
     else:
         body = [style.head(f"{result['path']}: {_KINDS[result['kind']]}"), *_table(result.get("content", {}))]
-    return "\n".join([*body, *(f"\n{note}" for note in result["notes"])])
+    return "\n".join([*body, "", *result["notes"]] if result["notes"] else body)
 
 
 # What is there
@@ -141,8 +141,8 @@ _KINDS = {
 
 
 def _find(path: Path) -> _Found:
-    unfinished = path.with_name(path.name + ".partial")
     if not path.exists():
+        unfinished = path.with_name(path.name + ".partial")
         if unfinished.is_dir():
             return _unfinished(unfinished)
         raise FileNotFoundError(f"{path}: there is no such file or folder; ao-pack makes packed data sets")
@@ -291,14 +291,19 @@ def _summary_text(summary: Mapping[str, Any], style: Style) -> list[str]:
     lines.append(
         f"  {'examples':<11} {summary['examples']:,} of {summary['offered']:,}, {summary['datapoints']:,} datapoints"
     )
-    lines.append(f"  {'shards':<11} {len(shards):,} with {many(size)}B")
+    lines.append(f"  {'shards':<11} {len(shards):,} with {_size(size)}")
     if len(shards) <= SHARDS_LISTED:
         for shard in shards:
             sha256 = f"  sha256 {shard['sha256'][:12]}.." if "sha256" in shard else ""
             lines.append(
-                f"    {shard['file']} {shard['datapoints']:>11,} datapoints {many(shard['bytes']):>9}B{sha256}"
+                f"    {shard['file']} {shard['datapoints']:>11,} datapoints {_size(shard['bytes']):>9}{sha256}"
             )
     return [*lines, *summary_lines(summary)]
+
+
+def _size(num_bytes: int) -> str:
+    number = many(num_bytes)
+    return f"{number}B" if " " in number else f"{number} B"
 
 
 def _model(made_for: Mapping[str, Any]) -> str:
