@@ -184,6 +184,21 @@ def test_a_long_prompt_and_a_long_context_are_cut_where_nothing_is_read(tmp_path
     assert len(inspect(tmp_path / "packed", rows=[0], model=str(model))["rows"][0]["placeholders"]) == 51
 
 
+def test_a_shard_of_which_nothing_was_kept_is_whole(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"id": f"e{i}", "context": "the city " * (200 if i < 10 else 9), "question": "q?", "answer": "a"}
+        for i in range(12)
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    data = {"sources": [source], "examples_per_shard": 5, "max_context_tokens": 50}
+    pack(parse_recipe({"model": {"name": str(model)}, "data": data}), root=tmp_path, out=tmp_path / "packed")
+    assert [shard["datapoints"] for shard in inspect(tmp_path / "packed")["shards"]] == [0, 0, 2]
+    assert verified(tmp_path / "packed", model=str(model)) == []
+    assert inspect(tmp_path / "packed", rows=[0], ids=["e11"])["rows"][1]["id"] == "e11"
+    assert "10 context_too_long" in shown(tmp_path / "packed")
+
+
 def test_an_example_is_found_by_its_id(packed: Path) -> None:
     def ids(example: str) -> list[str]:
         return [row["id"] for row in inspect(packed, ids=[example])["rows"]]

@@ -136,7 +136,7 @@ _KINDS = {
     "shard": "a shard of a packed data set",
     "plan": "the plan of an epoch",
     "adapter": "an oracle's adapter",
-    "run": "a folder of runs",
+    "run": "a folder of artifacts",
 }
 
 
