@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 WHOLE = (0, 1)
 """The only part of a build that is not divided."""
+SHARDS = "shard-*.safetensors"
+"""The finished shards of a folder."""
 
 
 def pack(
@@ -62,13 +64,16 @@ def pack(
     Raises:
         FileExistsError: `out` holds something else; nothing is touched.
         FileNotFoundError: a source or the model is missing.
-        ValueError: a source or an example is malformed, an unfinished build is in the way, or nothing is left to pack.
+        OSError: the disk is full or fails.
+        ValueError: a source cannot be read, is malformed or changes meanwhile, an example is malformed, an unfinished
+            build is in the way, or nothing is left to pack.
     """
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
     if not recipe.data.sources:
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
     found = _sources(recipe.data, root)
+    stamps = _stamps(found, root)
     settings, oracle_framer = _settings(recipe.model, recipe.data, found, root)
     manifest = _require_free(out, settings)
     if resume and manifest is not None and canonical_json(manifest.get("inputs")) == canonical_json(settings["inputs"]):
@@ -77,6 +82,7 @@ def pack(
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     is_new, writer = not partial.exists(), None
+    before = set(partial.glob(SHARDS))
     try:
         writer = PackWriter(
             str(partial), oracle_framer, canonical_json(settings), part=part, resume=resume, max_errors=max_errors
@@ -88,12 +94,17 @@ def pack(
                 bar(writer.add(source, canonical_json(rows.table), rows.batch, rows.first_row)["offered"])
         if not writer.progress["offered"]:
             raise ValueError(f"no examples: the sources are empty ({', '.join(each.config.name for each in found)})")
+        _require_unchanged(stamps)
         manifest = json.loads(writer.finish())
         done = writer.progress
-    except BaseException:
+    except BaseException as error:
         is_worth_it = writer is not None and writer.progress["datapoints"] + writer.progress["skipped"] > 0
         # No other frame knows the writer, so this ends its threads and frees its lock.
         writer = None
+        if isinstance(error, _ChangedError):
+            for shard in set(partial.glob(SHARDS)) - before:
+                if int(shard.stem.rpartition("-")[2]) % part[1] == part[0]:
+                    shard.unlink()
         _leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
         raise
     now = time.perf_counter()
@@ -153,7 +164,8 @@ def _sources(data: DataConfig, root: Path) -> list[_Found]:
     found = []
     for config, count in zip(data.sources, source_counts(data.sources, data.examples), strict=True):
         config = replace(config, count=count, share=None)
-        found.append(_Found(config, readers.tables(config, root=root, seed=data.seed), count))
+        with _reading(config):
+            found.append(_Found(config, readers.tables(config, root=root, seed=data.seed), count))
     return found
 
 
@@ -181,9 +193,28 @@ def _settings(model: ModelConfig, data: DataConfig, found: list[_Found], root: P
         "oracle": oracle,
         "targets": {"base": target},
         "config": _recorded(data),
-        "inputs": [entry for source in found for entry in readers.inputs(source.config, source.tables, root=root)],
+        "inputs": _inputs(found, root),
     }
     return settings, oracle_framer
+
+
+def _inputs(found: list[_Found], root: Path) -> list[dict[str, Any]]:
+    inputs = []
+    for source in found:
+        with _reading(source.config):
+            inputs += readers.inputs(source.config, source.tables, root=root)
+    return inputs
+
+
+@contextmanager
+def _reading(config: SourceConfig) -> Iterator[None]:
+    """A file that the system does not let us read is the caller's to mend, like one that is missing."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"source {config.name!r} cannot be read: {error}") from None
 
 
 def _recorded(data: DataConfig) -> dict[str, Any]:
@@ -287,13 +318,37 @@ def _bar(name: str, unit: str, total: int | None, *, show: bool) -> Iterator[Cal
         yield lambda number: bar.update(number - bar.n)
 
 
+class _ChangedError(ValueError):
+    """A file is no longer what it was when its digest was taken."""
+
+
+def _stamps(found: list[_Found], root: Path) -> dict[Path, tuple[int, int, int]]:
+    """What tells that a file was changed or replaced, of each file that is read."""
+    files = [file for source in found for file in readers.files_of(source.config, source.tables, root=root)]
+    return {file: _stamp(file) for file in files}
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _require_unchanged(stamps: Mapping[Path, tuple[int, int, int]]) -> None:
+    for file, stamp in stamps.items():
+        if not file.exists() or _stamp(file) != stamp:
+            raise _ChangedError(
+                f"{file} was changed while it was packed, so what was built of it now is removed; pack again once "
+                "nothing writes to it"
+            )
+
+
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
 def _leave(partial: Path, *, keep: bool, clear: bool) -> None:
     """Of a build that stopped, keep the finished shards and say so; where there are none, leave nothing."""
-    num_shards = len(list(partial.glob("shard-*.safetensors"))) if partial.is_dir() else 0
+    num_shards = len(list(partial.glob(SHARDS))) if partial.is_dir() else 0
     if num_shards and keep:
         log.warning("%s keeps %d finished shards; --resume goes on with them", partial, num_shards)
     elif clear:
@@ -365,7 +420,7 @@ def _part_summary(
     return {
         "out": str(partial),
         "part": f"{part[0]}/{part[1]}",
-        "shards": len(list(partial.glob("shard-*.safetensors"))),
+        "shards": len(list(partial.glob(SHARDS))),
         **{name: done[name] for name in names},
         "engine": _engine(oracle_framer),
         **_speed(done, **seconds),

@@ -193,6 +193,16 @@ fn a_template_that_would_not_end() {
     assert!(Template::new("", &Map::new(), "0000-01-01").is_err(), "there is no year 0");
 }
 
+/// The tag was thought to end inside its own opening mark.
+#[test]
+fn a_tag_that_is_only_its_marks() {
+    for template in
+        ["{%}", "{%}%}", "{%}{% generation %}", "{%", "{%-%}", "{%--%}", "{% generation -%}x{%- endgeneration %}"]
+    {
+        checks::template(format!("{template}\0ua").as_bytes());
+    }
+}
+
 /// Tables by id were made as long as the greatest id says.
 #[test]
 fn a_tokenizer_with_an_id_far_out() {

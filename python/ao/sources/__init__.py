@@ -135,14 +135,19 @@ def words(found: list[Table]) -> list[str] | None:
     return sorted({name for names in declared for name in names or ()})
 
 
+def files_of(config: SourceConfig, found: list[Table], *, root: Path) -> list[Path]:
+    """The local files that a source is read from, sorted."""
+    files = {file for table in found for file in table.files}
+    if config.kind == "latentqa":
+        files.add(root / str(config.path) / "qa.json")
+    return sorted(files)
+
+
 def inputs(config: SourceConfig, found: list[Table], *, root: Path) -> list[dict[str, Any]]:
     """What the data set is made from, without places: files by name, bytes and digest, data sets by their names."""
     recorded: list[dict[str, Any]] = []
     base = root / str(config.path)
-    files = {file for table in found for file in table.files}
-    if config.kind == "latentqa":
-        files.add(base / "qa.json")
-    for file in sorted(files):
+    for file in files_of(config, found, root=root):
         from ao._ao import input_digest
 
         name = file.relative_to(base).as_posix() if base.is_dir() else file.name

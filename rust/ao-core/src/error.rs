@@ -79,12 +79,16 @@ pub enum Error {
     Plan(String),
 }
 
-/// What helps where the disk is full.
+/// What helps where the operating system refuses.
 fn remedy(source: &std::io::Error) -> &'static str {
     match source.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             "; free some space and go on with --resume, what is finished is kept"
         }
+        std::io::ErrorKind::FileTooLarge => {
+            "; no file may grow that large here, so raise the limit (`ulimit -f` says it) and go on with --resume"
+        }
+        std::io::ErrorKind::PermissionDenied => "; change its permissions, or name another",
         _ => "",
     }
 }

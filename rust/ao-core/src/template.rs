@@ -265,8 +265,10 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(length) = rest[open..].find("%}") else { break };
-        let tag = &rest[open + 2..open + length];
+        // The closing mark begins behind the opening one: of `{%}` there is none.
+        let Some(length) = rest[open + 2..].find("%}") else { break };
+        let close = open + 2 + length;
+        let tag = &rest[open + 2..close];
         let (before, word, after) = split_tag(tag);
         let replacement = match word {
             "generation" => Some("if true"),
@@ -276,9 +278,9 @@ fn without_generation_tags(source: &str) -> String {
         out.push_str(&rest[..open]);
         match replacement {
             Some(word) => out.push_str(&format!("{{%{before} {word} {after}%}}")),
-            None => out.push_str(&rest[open..open + length + 2]),
+            None => out.push_str(&rest[open..close + 2]),
         }
-        rest = &rest[open + length + 2..];
+        rest = &rest[close + 2..];
     }
     out.push_str(rest);
     out
