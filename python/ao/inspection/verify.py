@@ -72,7 +72,7 @@ def verify(
                 f"{entry['file']}: {what}" for what in _shard(done, file, size, entry, manifest, vocabulary)
             ]
         except (ValueError, OSError) as error:
-            done.problems.append(str(error))
+            done.problems.append(str(error).removeprefix(f"{folder}/"))
         except (KeyError, TypeError) as error:
             done.problems.append(f"{entry['file']}: its header cannot be read ({error!r}); {_REMEDY}")
         step(size)
