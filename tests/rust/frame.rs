@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::format_collect, reason = "a test stops where it fails")]
 
+mod cases;
 mod common;
 
 use ao_core::error::Error;
@@ -58,7 +59,7 @@ fn placeholders_survive_odd_questions() {
     let question =
         prop::collection::vec(prop::sample::select(pieces.to_vec()), 0..10).prop_map(|pieces| pieces.concat());
     let layers = prop::collection::vec(0usize..80, 1..4);
-    proptest!(ProptestConfig::with_cases(256), |(question in question, layers in layers, count in 1usize..9)| {
+    proptest!(cases::cases(256), |(question in question, layers in layers, count in 1usize..9)| {
         for (framer, template) in &cases {
             let prompt = framer.prompt(&layers, count, &question).unwrap();
             let lines: String = layers.iter().map(|layer| format!("Layer: {layer}\n{} \n", " ?".repeat(count))).collect();

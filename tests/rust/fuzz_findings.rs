@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where it fails")]
 
+mod cases;
 #[path = "../fuzz/checks.rs"]
 mod checks;
 
@@ -124,15 +125,8 @@ fn mutated(target: &str) -> impl Strategy<Value = Input> + use<> {
     })
 }
 
-/// A few cases, or as many as `PROPTEST_CASES` says.
-fn config() -> ProptestConfig {
-    let default = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { default.cases } else { 64 };
-    ProptestConfig { cases, failure_persistence: None, ..default }
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..cases::cases(64) })]
 
     #[test]
     fn any_rows(data in mutated("jsonl")) { checks::jsonl(&data.0) }
@@ -173,7 +167,7 @@ fn numbers_at_the_end_of_their_range() {
 /// Contents were placed by a function that called itself for the next one.
 #[test]
 fn a_conversation_of_very_many_turns() {
-    let turns = vec![json!({"role": "user", "content": "{"}); 60_000];
+    let turns = vec![json!({"role": "user", "content": "{"}); 20_000];
     let row = json!({"id": "a", "context": turns, "question": "q", "answer": "a", "read": [{"message": 5}]});
     checks::jsonl(&[b"\0", row.to_string().as_bytes()].concat());
 }
@@ -206,7 +200,13 @@ fn a_tag_that_is_only_its_marks() {
 /// Tables by id were made as long as the greatest id says.
 #[test]
 fn a_tokenizer_with_an_id_far_out() {
-    for (field, id) in [("\"<s>\":6", 4_294_967_295u64), ("\"id\":6", 2_147_483_647), ("\"ab\":3", u64::MAX)] {
+    for (field, id) in [
+        ("\"<s>\":6", "4294967295"),
+        ("\"id\":6", "2147483647"),
+        ("\"ab\":3", "18446744073709551615"),
+        ("\"ab\":3", "1e9"),
+        ("\"ab\":3", "-1"),
+    ] {
         let text = String::from_utf8(checks::seeds("tokenizer_json").pop().unwrap()).unwrap();
         assert!(text.contains(field));
         Tokenizer::from_json(&text).map(drop).unwrap();
@@ -222,6 +222,17 @@ fn parts_that_count_more_shards_than_there_are() {
     assert!(parts.contains("\"num_shards\":3"));
     for count in ["1000000000000", "18446744073709551615", "0", "2"] {
         checks::manifest(parts.replace("\"num_shards\":3", &format!("\"num_shards\":{count}")).as_bytes());
+    }
+}
+
+/// Nothing but its shards was looked at.
+#[test]
+fn a_manifest_that_is_no_json() {
+    let parts = checks::seeds("manifest").pop().unwrap();
+    let second = String::from_utf8(parts.split(|&byte| byte == 0).nth(1).unwrap().to_vec()).unwrap();
+    for build in ["\\ud800", "\\u12", "\n"] {
+        let manifest = second.replacen("\"build\":\"", &format!("\"build\":\"{build}"), 1);
+        checks::manifest(&[parts.as_slice(), manifest.as_bytes()].concat());
     }
 }
 

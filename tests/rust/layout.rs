@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where it fails")]
 
+mod cases;
 mod common;
 
 use std::path::Path;
@@ -51,7 +52,7 @@ fn in_folder(work: impl FnOnce(&Path)) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(cases::cases(96))]
 
     #[test]
     fn what_is_written_is_read_back(datapoints in datapoints()) {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where it fails")]
 
+mod cases;
+
 use std::collections::{HashMap, HashSet};
 
 use ao_core::plan::{Datapoints, Layout, Longer, Plan, PlanSettings, Reach, RowLimits, Rows, Sharing, pack_rows, plan};
@@ -74,7 +76,7 @@ fn check_plan(made: &Plan, lengths: &[i32], settings: &PlanSettings) -> Result<(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(cases::cases(128))]
 
     #[test]
     fn steps_of_examples(
@@ -336,7 +338,7 @@ fn check_reach(rows: &Rows, reach: usize) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(cases::cases(256))]
 
     #[test]
     fn rows_hold_everything_once_and_are_as_full_as_best_fit(

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where it fails")]
 
+mod cases;
 mod common;
 
 use ao_core::frame::Framer;
@@ -56,7 +57,7 @@ fn check_tokens(framer: &Framer, text: &str) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(cases::cases(128))]
 
     #[test]
     fn units_convert_both_ways(text in "\\PC{0,40}", start in 0usize..45, length in 0usize..45) {
@@ -94,7 +95,7 @@ proptest! {
 #[test]
 fn tokens_cover_odd_texts() {
     let framers = [common::gemma(), common::qwen()];
-    proptest!(ProptestConfig::with_cases(256), |(text in odd_text())| {
+    proptest!(cases::cases(256), |(text in odd_text())| {
         for framer in &framers {
             check_tokens(framer, &text);
         }

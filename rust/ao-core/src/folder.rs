@@ -329,8 +329,10 @@ fn finished(folder: &Path) -> Result<Option<String>> {
         read => read.map_err(|error| Error::io(&path, "reading", error))?,
     };
     let wrong = |what: String| Error::input(format!("{}: {what}; remove it and merge again", path.display()));
-    let written: Written =
-        serde_json::from_str(&text).map_err(|error| wrong(format!("not the manifest of a data set: {error}")))?;
+    // By way of a value, because a struct passes over what it does not hold without looking at it.
+    let written: Written = serde_json::from_str::<Value>(&text)
+        .and_then(serde_json::from_value)
+        .map_err(|error| wrong(format!("not the manifest of a data set: {error}")))?;
     if written.shards.is_empty() || written.shards.iter().any(|shard| shard_number(&shard.file).is_none()) {
         return Err(wrong("it lists no shards, or other files".to_owned()));
     }

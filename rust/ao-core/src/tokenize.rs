@@ -257,10 +257,10 @@ fn require_dense_ids(root: &Value) -> Result<()> {
     let added = root["added_tokens"].as_array().into_iter().flatten();
     let ids = entries.map(|(token, id)| (token.as_str(), id));
     let added = added.map(|token| (token["content"].as_str().unwrap_or_default(), &token["id"]));
-    match ids.chain(added).find(|(_, id)| id.as_u64().is_some_and(|id| id >= MOST_IDS)) {
+    match ids.chain(added).find(|(_, id)| !id.is_null() && id.as_u64().is_none_or(|id| id >= MOST_IDS)) {
         None => Ok(()),
         Some((token, id)) => Err(Error::tokenizer(format!(
-            "the id of {token:?} is {id}, but ids must be below {MOST_IDS}; the file is damaged"
+            "the id of {token:?} is {id}, but ids must be whole numbers below {MOST_IDS}; the file is damaged"
         ))),
     }
 }
