@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ao import _ao
 from ao._ao import Framer
+from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, verify
 from ao.manifest import read_manifest
@@ -54,7 +54,7 @@ def inspect(
         IndexError: there is no such row.
         ValueError: it is nothing of ao's, has no rows to show, or `model` has another tokenizer.
     """
-    found = _find(Path(path))
+    found = find(Path(path))
     result: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "notes": found.notes}
     if not found.is_data:
         if rows or ids or check or plot:
@@ -92,164 +92,8 @@ def text(result: Mapping[str, Any], *, color: bool = False) -> str:
             *_table({**result["settings"], **result["plan"]}),
         ]
     else:
-        body = [style.head(f"{result['path']}: {_KINDS[result['kind']]}"), *_table(result.get("content", {}))]
+        body = [style.head(f"{result['path']}: {KINDS[result['kind']]}"), *_table(result.get("content", {}))]
     return "\n".join([*body, "", *result["notes"]] if result["notes"] else body)
-
-
-# What is there
-
-
-class _Found:
-    """What a path holds."""
-
-    def __init__(
-        self, kind: str, path: Path, *, content: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
-    ) -> None:
-        self.kind = kind
-        self.path = path
-        self.content = dict(content or {})
-        self.notes = list(notes)
-
-    @property
-    def what(self) -> str:
-        """In words."""
-        return _KINDS[self.kind]
-
-    @property
-    def is_data(self) -> bool:
-        """Whether there are datapoints."""
-        return self.kind in ("packed", "unfinished", "shard")
-
-    @property
-    def shards(self) -> list[Path]:
-        """The shards that are there, of a data set without a manifest."""
-        return [self.path] if self.kind == "shard" else sorted(self.path.glob("shard-*.safetensors"))
-
-    def open(self) -> PackedDataset:
-        """Its datapoints."""
-        return PackedDataset.open(self.path) if self.kind == "packed" else PackedDataset.of_shards(self.shards)
-
-
-_KINDS = {
-    "packed": "a packed data set",
-    "unfinished": "an unfinished build of a packed data set",
-    "shard": "a shard of a packed data set",
-    "plan": "the plan of an epoch",
-    "adapter": "an oracle's adapter",
-    "run": "a folder of artifacts",
-}
-
-
-def _find(path: Path) -> _Found:
-    if not path.exists():
-        unfinished = path.with_name(path.name + ".partial")
-        if unfinished.is_dir():
-            return _unfinished(unfinished)
-        raise FileNotFoundError(f"{path}: there is no such file or folder; ao-pack makes packed data sets")
-    if path.is_file():
-        return _file(path)
-    if (path / "manifest.json").is_file():
-        return _packed(path)
-    if list(path.glob("shard-*.safetensors")) or list(path.glob("part-*-of-*.json")) or path.suffix == ".partial":
-        return _unfinished(path)
-    if (path / "adapter_config.json").is_file():
-        return _Found("adapter", path, content={"content": _adapter(path)})
-    inside = {each.name: found.what for each in sorted(path.iterdir()) if each.is_dir() and (found := _glance(each))}
-    if inside:
-        first = path / next(iter(inside))
-        return _Found("run", path, content={"content": inside}, notes=[f"look at one of them: ao inspect {first}"])
-    raise ValueError(
-        f"{path}: neither a packed data set (manifest.json) nor an adapter (adapter_config.json); give the folder that "
-        "ao-pack or ao train wrote"
-    )
-
-
-def _glance(folder: Path) -> _Found | None:
-    try:
-        return _find(folder)
-    except (ValueError, OSError):
-        return None
-
-
-def _file(path: Path) -> _Found:
-    if path.name == "manifest.json":
-        return _find(path.parent)
-    if path.suffix == ".toml":
-        raise ValueError(f"{path}: a recipe; build its data set with ao-pack {path}, then inspect that folder")
-    with open(path, "rb") as file:
-        header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
-    try:
-        metadata = json.loads(json.loads(header)["__metadata__"]["ao"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
-        ) from None
-    if metadata.get("kind") == "plan":
-        from ao.plan import Plan
-
-        plan = Plan.load(path)
-        made_for = {"settings": metadata["settings"], "data": metadata["data"], "plan": plan.statistics()}
-        return _Found("plan", path, content=made_for)
-    return _Found("shard", path)
-
-
-def _packed(path: Path) -> _Found:
-    notes = []
-    if path.suffix == ".partial":
-        notes = [f"it is whole but for its name: mv {path} {path.with_suffix('')}"]
-    manifest = read_manifest(path / "manifest.json")
-    if (kind := manifest.get("kind")) != "packed":
-        raise ValueError(f"{path}: expected the manifest of a packed data set, got kind {kind!r}")
-    wanted = ("schema", "build", "framer", "oracle", "targets", "config", "inputs", "shards")
-    lacking = [name for name in (*wanted, *added_up([])) if name not in manifest]
-    if lacking:
-        raise ValueError(f"{path}: manifest.json lacks {', '.join(lacking)}; rerun ao-pack with this version of ao")
-    return _Found("packed", path, notes=notes)
-
-
-def _unfinished(path: Path) -> _Found:
-    """A build that goes on or was stopped: which parts are done, and how it becomes whole."""
-    parts, begun = ({}, {})
-    for file in path.iterdir():
-        if match := re.fullmatch(r"part-(\d+)-of-(\d+)\.json", file.name):
-            parts[int(match[1]), int(match[2])] = read_manifest(file)
-        elif match := re.fullmatch(r"\.lock-(\d+)-of-(\d+)", file.name):
-            begun[int(match[1]), int(match[2])] = file
-    divisions = {of for _, of in (*parts, *begun)}
-    num_shards = len(list(path.glob("shard-*.safetensors")))
-    notes = [f"{num_shards} shards are finished; {path.with_suffix('')} will stand when all are"]
-    for of in sorted(divisions):
-        missing = [index for index in range(of) if (index, of) not in parts]
-        if of == 1:
-            notes.append("if no process is at work on it: ao-pack RECIPE --resume goes on; or remove the folder")
-        elif missing:
-            steps = ", ".join(f"{index}/{of}" + (" (begun)" if (index, of) in begun else "") for index in missing)
-            notes.append(
-                f"{of - len(missing)} of {of} parts are finished; run --part {steps}, then ao-pack RECIPE --merge"
-            )
-        else:
-            notes.append(f"all {of} parts are finished: ao-pack RECIPE --merge")
-    checksums = {
-        shard["file"]: {name: shard[name] for name in ("sha256", "bytes", "datapoints", "examples")}
-        for part in parts.values()
-        for shard in part.get("shards", [])
-    }
-    return _Found("unfinished", path, content={"checksums": checksums}, notes=notes)
-
-
-def _adapter(path: Path) -> dict[str, Any]:
-    """What an adapter says of itself, without loading it."""
-    lora = read_manifest(path / "adapter_config.json")
-    shown = {"base": lora.get("base_model_name_or_path"), "rank": lora.get("r"), "alpha": lora.get("lora_alpha")}
-    if (path / "ao_config.json").is_file():
-        config = read_manifest(path / "ao_config.json")
-        shown |= {
-            "model": config.get("model_name"),
-            "injection": config.get("ao", {}).get("injection"),
-            "injected after block": config.get("hook_onto_layer"),
-            "layers read": config.get("act_layer_combinations", config.get("layer_combinations")),
-        }
-    return {name: value for name, value in shown.items() if value is not None}
 
 
 # Summary
@@ -259,7 +103,7 @@ def _headers(files: Sequence[Path]) -> list[dict[str, Any]]:
     return [json.loads(_ao.shard_metadata(str(file))) for file in files]
 
 
-def _summary(found: _Found) -> dict[str, Any]:
+def _summary(found: Found) -> dict[str, Any]:
     """The manifest, or what the shards that are there have of it, with the factor that sharing saves."""
     if found.kind == "packed":
         manifest = read_manifest(found.path / "manifest.json")
@@ -272,7 +116,7 @@ def _summary(found: _Found) -> dict[str, Any]:
 
 
 def _summary_text(summary: Mapping[str, Any], style: Style) -> list[str]:
-    lines = [style.head(f"{summary['path']}: {_KINDS[summary['kind']]}")]
+    lines = [style.head(f"{summary['path']}: {KINDS[summary['kind']]}")]
     shards = summary["shards"]
     if not shards:
         return [*lines, "  no shard is finished"]
@@ -333,7 +177,7 @@ def _number(value: object) -> str:
 # Datapoints
 
 
-def _rows(found: _Found, rows: Sequence[int], ids: Sequence[str], model: str | None) -> dict[str, Any]:
+def _rows(found: Found, rows: Sequence[int], ids: Sequence[str], model: str | None) -> dict[str, Any]:
     data = found.open()
     chosen = list(rows)
     for each in ids:
@@ -377,7 +221,7 @@ def _texts(manifest: Mapping[str, Any], model: str | None) -> tuple[Framer | Non
 # Checks
 
 
-def _verified(found: _Found, model: str | None, *, progress: bool) -> dict[str, Any]:
+def _verified(found: Found, model: str | None, *, progress: bool) -> dict[str, Any]:
     problems: list[str] = []
     if found.kind == "packed":
         manifest = read_manifest(found.path / "manifest.json")

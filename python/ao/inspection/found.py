@@ -1,0 +1,172 @@
+"""What a path holds: a packed data set, an unfinished one, a shard, a plan, an adapter, or a folder of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ao.manifest import read_manifest
+from ao.shards import PackedDataset
+from ao.summary import added_up
+
+KINDS = {
+    "packed": "a packed data set",
+    "unfinished": "an unfinished build of a packed data set",
+    "shard": "a shard of a packed data set",
+    "plan": "the plan of an epoch",
+    "adapter": "an oracle's adapter",
+    "run": "a folder of artifacts",
+}
+"""What each kind is, in words."""
+
+
+class Found:
+    """What a path holds."""
+
+    def __init__(
+        self, kind: str, path: Path, *, content: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.kind = kind
+        self.path = path
+        self.content = dict(content or {})
+        self.notes = list(notes)
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return KINDS[self.kind]
+
+    @property
+    def is_data(self) -> bool:
+        """Whether there are datapoints."""
+        return self.kind in ("packed", "unfinished", "shard")
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shards that are there, of a data set without a manifest."""
+        return [self.path] if self.kind == "shard" else sorted(self.path.glob("shard-*.safetensors"))
+
+    def open(self) -> PackedDataset:
+        """Its datapoints."""
+        return PackedDataset.open(self.path) if self.kind == "packed" else PackedDataset.of_shards(self.shards)
+
+
+def find(path: Path) -> Found:
+    """Look at a path; of a data set that does not stand yet, at its unfinished build.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is nothing of ao's, or damaged.
+    """
+    if not path.exists():
+        unfinished = path.with_name(path.name + ".partial")
+        if unfinished.is_dir():
+            return _unfinished(unfinished)
+        raise FileNotFoundError(f"{path}: there is no such file or folder; ao-pack makes packed data sets")
+    if path.is_file():
+        return _file(path)
+    if (path / "manifest.json").is_file():
+        return _packed(path)
+    if list(path.glob("shard-*.safetensors")) or list(path.glob("part-*-of-*.json")) or path.suffix == ".partial":
+        return _unfinished(path)
+    if (path / "adapter_config.json").is_file():
+        return Found("adapter", path, content={"content": _adapter(path)})
+    inside = {each.name: found.what for each in sorted(path.iterdir()) if each.is_dir() and (found := _glance(each))}
+    if inside:
+        first = path / next(iter(inside))
+        return Found("run", path, content={"content": inside}, notes=[f"look at one of them: ao inspect {first}"])
+    raise ValueError(
+        f"{path}: neither a packed data set (manifest.json) nor an adapter (adapter_config.json); give the folder that "
+        "ao-pack or ao train wrote"
+    )
+
+
+def _glance(folder: Path) -> Found | None:
+    try:
+        return find(folder)
+    except (ValueError, OSError):
+        return None
+
+
+def _file(path: Path) -> Found:
+    if path.name == "manifest.json":
+        return find(path.parent)
+    if path.suffix == ".toml":
+        raise ValueError(f"{path}: a recipe; build its data set with ao-pack {path}, then inspect that folder")
+    with open(path, "rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
+    try:
+        metadata = json.loads(json.loads(header)["__metadata__"]["ao"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
+        ) from None
+    if metadata.get("kind") == "plan":
+        from ao.plan import Plan
+
+        plan = Plan.load(path)
+        made_for = {"settings": metadata["settings"], "data": metadata["data"], "plan": plan.statistics()}
+        return Found("plan", path, content=made_for)
+    return Found("shard", path)
+
+
+def _packed(path: Path) -> Found:
+    notes = []
+    if path.suffix == ".partial":
+        notes = [f"it is whole but for its name: mv {path} {path.with_suffix('')}"]
+    manifest = read_manifest(path / "manifest.json")
+    if (kind := manifest.get("kind")) != "packed":
+        raise ValueError(f"{path}: expected the manifest of a packed data set, got kind {kind!r}")
+    wanted = ("schema", "build", "framer", "oracle", "targets", "config", "inputs", "shards")
+    lacking = [name for name in (*wanted, *added_up([])) if name not in manifest]
+    if lacking:
+        raise ValueError(f"{path}: manifest.json lacks {', '.join(lacking)}; rerun ao-pack with this version of ao")
+    return Found("packed", path, notes=notes)
+
+
+def _unfinished(path: Path) -> Found:
+    """A build that goes on or was stopped: which parts are done, and how it becomes whole."""
+    parts, begun = ({}, {})
+    for file in path.iterdir():
+        if match := re.fullmatch(r"part-(\d+)-of-(\d+)\.json", file.name):
+            parts[int(match[1]), int(match[2])] = read_manifest(file)
+        elif match := re.fullmatch(r"\.lock-(\d+)-of-(\d+)", file.name):
+            begun[int(match[1]), int(match[2])] = file
+    divisions = {of for _, of in (*parts, *begun)}
+    num_shards = len(list(path.glob("shard-*.safetensors")))
+    notes = [f"{num_shards} shards are finished; {path.with_suffix('')} will stand when all are"]
+    for of in sorted(divisions):
+        missing = [index for index in range(of) if (index, of) not in parts]
+        if of == 1:
+            notes.append("if no process is at work on it: ao-pack RECIPE --resume goes on; or remove the folder")
+        elif missing:
+            steps = ", ".join(f"{index}/{of}" + (" (begun)" if (index, of) in begun else "") for index in missing)
+            notes.append(
+                f"{of - len(missing)} of {of} parts are finished; run --part {steps}, then ao-pack RECIPE --merge"
+            )
+        else:
+            notes.append(f"all {of} parts are finished: ao-pack RECIPE --merge")
+    checksums = {
+        shard["file"]: {name: shard[name] for name in ("sha256", "bytes", "datapoints", "examples")}
+        for part in parts.values()
+        for shard in part.get("shards", [])
+    }
+    return Found("unfinished", path, content={"checksums": checksums}, notes=notes)
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """What an adapter says of itself, without loading it."""
+    lora = read_manifest(path / "adapter_config.json")
+    shown = {"base": lora.get("base_model_name_or_path"), "rank": lora.get("r"), "alpha": lora.get("lora_alpha")}
+    if (path / "ao_config.json").is_file():
+        config = read_manifest(path / "ao_config.json")
+        shown |= {
+            "model": config.get("model_name"),
+            "injection": config.get("ao", {}).get("injection"),
+            "injected after block": config.get("hook_onto_layer"),
+            "layers read": config.get("act_layer_combinations", config.get("layer_combinations")),
+        }
+    return {name: value for name, value in shown.items() if value is not None}
