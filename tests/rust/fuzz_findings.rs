@@ -6,6 +6,8 @@ mod cases;
 #[path = "../fuzz/checks.rs"]
 mod checks;
 
+use ao_core::example::Message;
+use ao_core::locate::Located;
 use ao_core::template::Template;
 use ao_core::tokenize::Tokenizer;
 use proptest::prelude::*;
@@ -167,9 +169,22 @@ fn numbers_at_the_end_of_their_range() {
 /// Contents were placed by a function that called itself for the next one.
 #[test]
 fn a_conversation_of_very_many_turns() {
-    let turns = vec![json!({"role": "user", "content": "{"}); 20_000];
-    let row = json!({"id": "a", "context": turns, "question": "q", "answer": "a", "read": [{"message": 5}]});
-    checks::jsonl(&[b"\0", row.to_string().as_bytes()].concat());
+    let template =
+        Template::new("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", &Map::new(), "2025-01-01")
+            .unwrap();
+    let turn = |content: &str| Message { role: "user".to_owned(), content: content.to_owned() };
+    let messages: Vec<Message> = (0..20_000).map(|at| turn([" x", "\n", "><"][at % 3])).collect();
+    let text = template.render(&messages, false).unwrap();
+    let located = Located::new(&template, &messages, false, &text).unwrap();
+    let shown: Vec<&str> = located.contents.iter().map(|span| &text[span.start..span.end]).collect();
+    assert_eq!((shown.len(), &shown[..4]), (20_000, &["x", "", "><", "x"][..]));
+    // Where nothing stands between contents of white space, most ways of placing them are in vain.
+    let template =
+        Template::new("{% for m in messages %}{{ m.content }}{% endfor %}", &Map::new(), "2025-01-01").unwrap();
+    let messages: Vec<Message> = (0..60).map(|_| turn(" \n ")).collect();
+    let text = template.render(&messages, false).unwrap();
+    assert!(Located::new(&template, &messages, false, &text).is_ok());
+    assert!(Located::new(&template, &messages, false, &format!("{text}x")).is_err());
 }
 
 /// What a template costs is bounded: its steps, and the white space that it asks for.
