@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -181,20 +181,7 @@ def _settings(model: ModelConfig, data: DataConfig, found: list[_Found], root: P
                     f"target {model.target!r} has another {name} than {model.name!r} ({target[name]}, {oracle[name]}); "
                     "contexts are packed with the oracle's, so both must be of one family"
                 )
-    layers = [resolve_layer(depth, int(target["num_layers"])) for depth in data.read_depths]
-    settings = {
-        "seed": data.seed,
-        "num_layers": target["num_layers"],
-        "read_layers": list(dict.fromkeys(layers)),
-        "layers_per_example": data.layers_per_example,
-        "examples_per_shard": data.examples_per_shard,
-        "max_input_tokens": data.max_input_tokens,
-        "max_context_tokens": data.max_context_tokens,
-        "oracle": oracle,
-        "targets": {"base": target},
-        "config": _recorded(data),
-        "inputs": _inputs(found, root),
-    }
+    settings = build_settings(_recorded(data), oracle=oracle, targets={"base": target}, inputs=_inputs(found, root))
     return settings, oracle_framer
 
 
@@ -215,6 +202,23 @@ def _reading(config: SourceConfig) -> Iterator[None]:
         raise
     except OSError as error:
         raise ValueError(f"source {config.name!r} cannot be read: {error}") from None
+
+
+def build_settings(
+    config: Mapping[str, Any], *, oracle: Mapping[str, Any], targets: Mapping[str, Any], inputs: Sequence[Any]
+) -> dict[str, Any]:
+    """What a build is decided by, beside the framer: settings of `PackWriter`, from what a manifest holds."""
+    num_layers = int(targets["base"]["num_layers"])
+    names = ("seed", "layers_per_example", "examples_per_shard", "max_input_tokens", "max_context_tokens")
+    return {
+        **{name: config[name] for name in names},
+        "num_layers": num_layers,
+        "read_layers": list(dict.fromkeys(resolve_layer(depth, num_layers) for depth in config["read_depths"])),
+        "oracle": oracle,
+        "targets": targets,
+        "config": config,
+        "inputs": inputs,
+    }
 
 
 def _recorded(data: DataConfig) -> dict[str, Any]:

@@ -552,6 +552,20 @@ def test_what_a_shard_holds_is_checked(copy: Path, model: Path, edit: Change, wo
     ), problems
 
 
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(copy: Path) -> None:
+    whole = (copy / "manifest.json").read_bytes()
+    rng = np.random.default_rng(0)
+    for at, bit in zip(rng.integers(len(whole), size=60), rng.integers(7, size=60), strict=True):
+        content = bytearray(whole)
+        content[at] ^= 1 << int(bit)
+        (copy / "manifest.json").write_bytes(content)
+        try:
+            problems = verified(copy)
+        except ValueError as error:
+            problems = [str(error)]
+        assert problems, (at, bit)
+
+
 def test_counts_that_differ_from_the_headers_are_found(copy: Path) -> None:
     whole = (copy / "manifest.json").read_text()
     for edit, words in (
@@ -563,6 +577,9 @@ def test_counts_that_differ_from_the_headers_are_found(copy: Path) -> None:
         (lambda m: m["sources"]["c"]["answers"].update(Yes=1), "manifest.json: sources differ"),
         (lambda m: m["lengths"]["input"].reverse(), "manifest.json: lengths differ"),
         (lambda m: m["shards"][1].update(datapoints=3), "shard-00001.safetensors: the manifest says 3 datapoints"),
+        (lambda m: m["config"].update(seed=1), "manifest.json: its config, inputs or fingerprints are not those"),
+        (lambda m: m["inputs"][0].update(bytes=1), "manifest.json: its config, inputs or fingerprints are not those"),
+        (lambda m: m["shards"][2].pop("sha256"), "shard-00002.safetensors: manifest.json lacks its sha256"),
         (lambda m: m["shards"].pop(), "shard-00004.safetensors: manifest.json does not list it"),
         (
             lambda m: m["shards"][0].update(file="shard-00001.safetensors"),
@@ -573,6 +590,15 @@ def test_counts_that_differ_from_the_headers_are_found(copy: Path) -> None:
         edit(manifest)
         (copy / "manifest.json").write_text(json.dumps(manifest))
         assert any(words in problem for problem in verified(copy)), words
+    for name in ("counts", "oracle", "config", "lengths"):
+        manifest = json.loads(whole)
+        manifest[name].popitem()
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            problems = verified(copy)
+        except ValueError as error:
+            problems = [str(error)]
+        assert any(words in problem for problem in problems for words in ("lacks '", "differ", "not those"))
     (copy / "manifest.json").write_text('{"kind": "packed", "schema": 1}')
     with pytest.raises(ValueError, match=r"manifest\.json lacks build, framer, oracle"):
         inspect(copy)

@@ -12,7 +12,7 @@ from ao import _ao
 from ao._ao import Framer
 from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
-from ao.inspection.verify import Verified, verify
+from ao.inspection.verify import Verified, build_problems, verify
 from ao.manifest import read_manifest
 from ao.prompt import framer, vocabulary_size
 from ao.shards import PackedDataset
@@ -55,6 +55,32 @@ def inspect(
         ValueError: it is nothing of ao's, has no rows to show, or `model` has another tokenizer.
     """
     found = find(Path(path))
+    with _all_keys(found.path):
+        return _inspected(found, rows=rows, ids=ids, check=check, model=model, plot=plot, progress=progress)
+
+
+@contextmanager
+def _all_keys(path: object) -> Iterator[None]:
+    """Manifests and headers are read key by key; what one lacks is its damage, not ours."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: its manifest or a shard's header lacks {error}; it is damaged or of another version of ao, so build "
+            "the data set again"
+        ) from error
+
+
+def _inspected(
+    found: Found,
+    *,
+    rows: Sequence[int],
+    ids: Sequence[str],
+    check: bool,
+    model: str | None,
+    plot: Path | None,
+    progress: bool,
+) -> dict[str, Any]:
     result: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "notes": found.notes}
     if not found.is_data:
         if rows or ids or check or plot:
@@ -79,7 +105,11 @@ def inspect(
 
 def text(result: Mapping[str, Any], *, color: bool = False) -> str:
     """What `inspect` returns, for a terminal (`color`) or a page."""
-    style = Style(color=color)
+    with _all_keys(result["path"]):
+        return _text(result, Style(color=color))
+
+
+def _text(result: Mapping[str, Any], style: Style) -> str:
     if "rows" in result:
         body = "\n\n\n".join(row_text(row, style) for row in result["rows"]).split("\n")
     elif "ok" in result:
@@ -226,6 +256,13 @@ def _verified(found: Found, model: str | None, *, progress: bool) -> dict[str, A
     if found.kind == "packed":
         manifest = read_manifest(found.path / "manifest.json")
         entries, folder = manifest["shards"], found.path
+        problems += build_problems(manifest)
+        for entry in entries:
+            lacking = [name for name in ("sha256", "bytes", "datapoints", "examples") if name not in entry]
+            if lacking:
+                problems.append(
+                    f"{entry['file']}: manifest.json lacks its {', '.join(lacking)}; build the data set again"
+                )
         listed = {entry["file"] for entry in entries}
         problems += [
             f"{file.name}: manifest.json does not list it; remove it, or build the data set again"

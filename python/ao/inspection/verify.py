@@ -6,6 +6,7 @@ N datapoints, P placeholders, C stored contexts of a shard.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ao import _ao
+from ao.manifest import canonical_json
+from ao.pack import build_settings
 from ao.summary import LENGTH_EDGES, added_up
 
 NAMED = 3
@@ -331,6 +334,29 @@ def _sums(manifest: Mapping[str, Any], stats: Sequence[Mapping[str, Any]]) -> It
                 f"{key}: {_short(said.get(key))}, not {_short(expected.get(key))}" for key in keys[:NAMED]
             )
             yield f"manifest.json: {name} differ from what the shards' headers add up to ({shown}); {_REMEDY}"
+
+
+def build_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the recipe, inputs and fingerprints of a manifest are those that its build's checksum was made from."""
+    if any("e" in repr(number) for number in _floats(manifest)):
+        return  # Python and Rust write such numbers differently, and a checksum would differ with them.
+    settings = build_settings(
+        manifest["config"], oracle=manifest["oracle"], targets=manifest["targets"], inputs=manifest["inputs"]
+    )
+    text = canonical_json({"framer": manifest["framer"], "settings": settings})
+    if (found := hashlib.sha256(text.encode()).hexdigest()) != manifest["build"]:
+        yield (
+            "manifest.json: its config, inputs or fingerprints are not those that it was built from (expected build "
+            f"{manifest['build'][:8]}.., got {found[:8]}..); {_REMEDY}"
+        )
+
+
+def _floats(value: object) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(each)
 
 
 def _short(value: object) -> str:
