@@ -40,6 +40,9 @@ class Framer:
     def placeholder_id(self) -> int:
         """The id of one placeholder."""
     @property
+    def engine(self) -> str:
+        """Which tokenizer library encodes, and what was proved of it on this tokenizer, or why the other one runs."""
+    @property
     def end_of_turn_id(self) -> int:
         """The id that closes an assistant's turn; every answer ends with it."""
     @property

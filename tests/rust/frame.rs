@@ -263,3 +263,158 @@ fn the_date_is_the_one_that_was_given() {
         "29 Feb 2024, Thursday February 29, day 060, 02/24 00:00%"
     );
 }
+
+fn qwen_with(change: impl Fn(&mut serde_json::Value)) -> ao_core::Result<Framer> {
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&common::read("qwen.json")).unwrap();
+    change(&mut tokenizer);
+    let specials = json!({"eos_token": "<|im_end|>"}).to_string();
+    Framer::new(&tokenizer.to_string(), &common::read("qwen.jinja"), &specials, " ?", "2025-01-01")
+}
+
+#[test]
+fn the_engine_is_proved() {
+    for framer in [common::gemma(), common::qwen()] {
+        assert!(framer.engine().starts_with("tokenizers 1.0.0-rc.3, equal to 0.23.2 in ids"), "{}", framer.engine());
+    }
+}
+
+#[test]
+fn the_older_tokenizer_encodes_where_the_engine_fails() {
+    // The engine looks for the next such token from inside the first one's bytes, and panics.
+    let framer = qwen_with(|root| {
+        let id =
+            root["added_tokens"].as_array().unwrap().iter().map(|token| token["id"].as_u64().unwrap()).max().unwrap();
+        root["added_tokens"].as_array_mut().unwrap().push(json!({
+            "id": id + 1, "content": "\u{4f60}", "single_word": true, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": false,
+        }));
+    })
+    .unwrap();
+    assert!(framer.engine().starts_with("tokenizers 0.23.2, because of 1.0.0-rc.3: "), "{}", framer.engine());
+    let text = "the sea \u{4f60} na\u{ef}ve \u{4f60}\u{4f60} \u{1f600}";
+    let context = framer.context(&Context::Text(text.to_owned())).unwrap();
+    assert_eq!(framer.tokenizer().decode(&context.ids).unwrap(), text);
+    assert_eq!(covered(&framer, &context, &[read(None, Some((4, 9)), false)]).concat().trim(), "sea \u{4f60}");
+    let prompt = framer.prompt(&[3, 7], 4, "What ? ? is\n\nthis").unwrap();
+    assert!(prompt.placeholders.iter().all(|&at| prompt.ids[at as usize] == framer.placeholder_id()));
+    assert_eq!(prompt.ids, common::qwen().prompt(&[3, 7], 4, "What ? ? is\n\nthis").unwrap().ids);
+}
+
+#[test]
+fn a_split_pattern_that_gives_up_is_an_error() {
+    let framer = qwen_with(|root| {
+        let splitter = &mut root["pre_tokenizer"]["pretokenizers"][0];
+        assert!(splitter["pattern"]["Regex"].is_string());
+        splitter["pattern"] = json!({"Regex": "(?:a(?=.?)|a(?=.?))+c|[^a]+|a"});
+    })
+    .unwrap();
+    assert!(framer.tokenizer().encode("banana").is_ok());
+    let error = framer.tokenizer().encode(&format!("b{}d", "a".repeat(60))).unwrap_err().to_string();
+    assert!(error.contains("gives up on a text of 62 bytes"), "{error}");
+}
+
+#[test]
+fn read_spans_are_covered_in_any_script() {
+    let framers = [common::gemma(), common::qwen()];
+    let text = prop::collection::vec(
+        prop_oneof![
+            any::<char>(),
+            prop::char::range(' ', '~'),
+            prop::char::range('\u{300}', '\u{36f}'),
+            prop::char::range('\u{400}', '\u{6ff}'),
+            prop::char::range('\u{900}', '\u{e7f}'),
+            prop::char::range('\u{1100}', '\u{11ff}'),
+            prop::char::range('\u{4e00}', '\u{4fff}'),
+            prop::char::range('\u{1f300}', '\u{1f6ff}'),
+            Just(' '),
+            Just('\n'),
+        ],
+        1..60,
+    );
+    proptest!(ProptestConfig::with_cases(300), |(letters in text, from in 0usize..60, length in 1usize..20)| {
+        let text: String = letters.iter().collect();
+        let start = from % letters.len();
+        let end = (start + length).min(letters.len());
+        let wanted: String = letters[start..end].iter().collect();
+        for framer in &framers {
+            let context = framer.context(&Context::Text(text.clone())).unwrap();
+            let spans = framer.token_spans(&context).unwrap();
+            let tokens = framer.readable(&context, Some(&[read(None, Some((start, end)), false)])).unwrap();
+            let (first, last) = (spans[tokens[0] as usize], spans[*tokens.last().unwrap() as usize]);
+            // The tokens hold what was asked for, and none of them only what was not.
+            let before = context.text.len() - text.len() + letters[..start].iter().map(|c| c.len_utf8()).sum::<usize>();
+            prop_assert!(first.start <= before && last.end >= before + wanted.len());
+            prop_assert!(first.end > before && last.start < before + wanted.len());
+            prop_assert_eq!(tokens.len() as i32, tokens[tokens.len() - 1] - tokens[0] + 1);
+        }
+    });
+}
+
+#[test]
+fn nothing_panics_on_what_is_no_tokenizer_and_no_template() {
+    let tokenizer: serde_json::Value = serde_json::from_str(&common::read("qwen.json")).unwrap();
+    let source = common::read("gemma.jinja");
+    let paths = [
+        "/model",
+        "/model/vocab",
+        "/model/merges",
+        "/model/type",
+        "/model/unk_token",
+        "/model/byte_fallback",
+        "/pre_tokenizer",
+        "/pre_tokenizer/type",
+        "/pre_tokenizer/pretokenizers",
+        "/pre_tokenizer/pretokenizers/0/pattern",
+        "/pre_tokenizer/pretokenizers/0/behavior",
+        "/normalizer",
+        "/normalizer/type",
+        "/decoder",
+        "/decoder/type",
+        "/added_tokens",
+        "/added_tokens/0",
+        "/added_tokens/0/id",
+        "/added_tokens/0/content",
+        "/post_processor",
+    ];
+    let values = [
+        json!(null),
+        json!(-1),
+        json!(4_294_967_295_u64),
+        json!(""),
+        json!("x"),
+        json!([]),
+        json!({}),
+        json!([[1]]),
+        json!({"Regex": "("}),
+        json!(true),
+        json!({"a": 0}),
+        json!(["a b"]),
+    ];
+    let change = (prop::sample::select(paths.to_vec()), prop::sample::select(values.to_vec()));
+    let cut = prop::collection::vec((0..source.len(), "[{}%|'a-z ()\\[\\]~+=.-]{0,4}"), 0..4);
+    let config = ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |((path, value) in change, cuts in cut)| {
+        let mut changed = tokenizer.clone();
+        if let Some(place) = changed.pointer_mut(path) {
+            *place = value;
+        }
+        let mut template = source.clone();
+        for (at, put) in cuts {
+            let at = at.min(template.len());
+            if template.is_char_boundary(at) {
+                template.insert_str(at, &put);
+            }
+        }
+        let specials = r#"{"bos_token": null, "eos_token": "<|im_end|>"}"#;
+        let whole = tokenizer.to_string();
+        for (tokenizer, template) in [(changed.to_string(), &source), (whole, &template)] {
+            let Ok(framer) = Framer::new(&tokenizer, template, specials, " ?", "2025-01-01") else { continue };
+            let context = framer.context(&messages(&[("user", "e\u{301} \u{1f600}<|im_end|>  x\n"), ("assistant", " y ")]));
+            if let Ok(context) = context {
+                let _ = framer.readable(&context, Some(&[read(Some(0), Some((0, 3)), false), read(Some(1), None, false)]));
+                let _ = framer.tokenizer().decode(&context.ids);
+            }
+            let _ = framer.prompt(&[1], 2, "{{ x }} ? <|im_end|>");
+        }
+    });
+}

@@ -7,7 +7,7 @@
 use crate::engine::{Engine, SPACE};
 use crate::error::{Error, Result};
 use crate::span::ByteSpan;
-use crate::tokenize::Tokenizer;
+use crate::tokenize::{Backend, Own, Tokenizer};
 
 /// A character that no normalizer changes, drops or joins with a neighbour.
 const INERT: &str = "0";
@@ -52,13 +52,17 @@ impl Tokenizer {
 
     /// The spans of the tokens up to the first that begins at or after byte `stop`.
     pub(crate) fn spans_until(&self, text: &str, ids: &[i32], stop: usize) -> Result<Vec<ByteSpan>> {
-        if let Some(why) = &self.surfaces.refused {
+        let own = match &self.backend {
+            Backend::Engine(own) => own,
+            Backend::Older(older) => return older.spans(text, ids),
+        };
+        if let Some(why) = &own.surfaces.refused {
             return Err(Error::Tokenizer(why.clone()));
         }
-        let mut walk = Walk { tokenizer: self, ids, stop, spans: Vec::with_capacity(ids.len()) };
+        let mut walk = Walk { tokenizer: own, ids, stop, spans: Vec::with_capacity(ids.len()) };
         let mut at = 0;
         while at < text.len() && !walk.done() {
-            let found = self.engine.next_added(text, at, false);
+            let found = own.engine.next_added(text, at, false);
             let ((start, end), id) = found.unwrap_or(((text.len(), text.len()), 0));
             walk.chunk(&text[at..start], at)?;
             if found.is_some() && !walk.done() {
@@ -75,7 +79,7 @@ impl Tokenizer {
 
 /// The tokens, and how far they have been placed.
 struct Walk<'a> {
-    tokenizer: &'a Tokenizer,
+    tokenizer: &'a Own,
     ids: &'a [i32],
     /// What begins at or behind this byte is not asked for.
     stop: usize,

@@ -21,6 +21,7 @@ use tokenizers::pre_tokenizers::sequence::PipelineSequence;
 use tokenizers::pre_tokenizers::split::{Search, Split, SplitPattern};
 
 use crate::error::{Error, Result};
+use crate::older::Patterns;
 
 /// What one thread needs to encode.
 struct Scratch {
@@ -57,6 +58,8 @@ pub(crate) struct Engine {
     pipeline: PipelineTokenizer,
     /// What splits instead of the pipeline's own splitter.
     splitter: Option<Splitter>,
+    /// The patterns of that splitter that run in a regex engine.
+    patterns: Patterns,
     /// Whether the normalizer does nothing but write U+2581 for a space, and no added token is sought behind it.
     only_marks_spaces: bool,
     /// Kept between calls, because the model's word cache lives here.
@@ -67,8 +70,12 @@ impl Engine {
     /// Build from a canonical `tokenizer.json`.
     pub(crate) fn from_canonical_json(root: &Value) -> Result<Self> {
         let pipeline = tokenizers::from_json(&root.to_string()).map_err(Error::tokenizer)?;
+        let mut patterns = Patterns::default();
         let splitter = match pipeline.get_pre_tokenizer() {
-            own if lacks_regex(own) => Some(Splitter::Regex(with_regex(own)?)),
+            own if lacks_regex(own) => {
+                patterns = Patterns::of(&root["pre_tokenizer"])?;
+                Some(Splitter::Regex(with_regex(own)?))
+            }
             own if splits_nothing(own) => bound_before_space(&root["model"]).map(Splitter::Words),
             _ => None,
         };
@@ -78,15 +85,22 @@ impl Engine {
             && root["added_tokens"]
                 .as_array()
                 .is_none_or(|added| added.iter().all(|token| token["normalized"] == false));
-        Ok(Self { pipeline, splitter, only_marks_spaces, pool: Mutex::new(Vec::new()) })
+        Ok(Self { pipeline, splitter, patterns, only_marks_spaces, pool: Mutex::new(Vec::new()) })
     }
 
     pub(crate) fn only_marks_spaces(&self) -> bool {
         self.only_marks_spaces
     }
 
+    /// The ids of `text`.
+    pub(crate) fn ids(&self, text: &str) -> Result<Vec<i32>> {
+        let mut tokens = Vec::with_capacity(text.len() / 3 + 4);
+        self.encode_into(text, &mut tokens)?;
+        Ok(tokens.into_iter().map(|token| token.id() as i32).collect())
+    }
+
     /// Append the ids of `text`, whose special tokens are found, to `out`.
-    pub(crate) fn encode_into(&self, text: &str, out: &mut Vec<PipelineToken>) -> Result<()> {
+    fn encode_into(&self, text: &str, out: &mut Vec<PipelineToken>) -> Result<()> {
         let Some(splitter) = &self.splitter else {
             let options = EncodeOptions {
                 add_special_tokens: false,
@@ -159,7 +173,9 @@ impl Engine {
             Splitter::Words(_) => self.pipeline.get_pre_tokenizer(),
             Splitter::Regex(splitter) => splitter,
         };
-        regular.pre_tokenize(text, &mut scratch.splitter, &mut scratch.spans).map_err(Error::tokenizer)
+        regular.pre_tokenize(text, &mut scratch.splitter, &mut scratch.spans).map_err(Error::tokenizer)?;
+        let last = scratch.spans.last().map_or(0, |span| span.start as usize);
+        self.patterns.check_last(text, last)
     }
 
     /// What the model sees of `chunk`, which begins at byte `offset` of its text.

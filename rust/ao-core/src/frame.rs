@@ -117,6 +117,12 @@ impl Framer {
         &self.tokenizer
     }
 
+    /// Which library tokenizes, and what was proved of it when it was chosen: for people.
+    #[must_use]
+    pub fn engine(&self) -> &str {
+        self.tokenizer.engine()
+    }
+
     /// The id of the placeholder.
     #[must_use]
     pub fn placeholder_id(&self) -> i32 {

@@ -30,7 +30,7 @@ pub(crate) struct Skeleton {
     pub(crate) pieces: Vec<String>,
     /// What is cut from the start and the end of each content, where that is known for every inert one.
     pub(crate) cuts: Option<Vec<[Cut; 2]>>,
-    /// For each turn but the first the length of the footer before it, once it was asked for.
+    /// For each turn but the first, and for the end, the length of the footer before it, once it was asked for.
     footers: Vec<OnceLock<Option<usize>>>,
 }
 
@@ -68,7 +68,7 @@ impl Skeleton {
             .ok_or_else(|| refused("shows a message not at all, twice or out of order"))?;
         let quotes = pieces.iter().any(|piece| piece.contains(QUOTED_MARK));
         let cuts = if affine && !quotes { cuts(template, messages, generation, &pieces) } else { None };
-        Ok(Self { pieces, cuts, footers: (0..count).map(|_| OnceLock::new()).collect() })
+        Ok(Self { pieces, cuts, footers: (0..=count).map(|_| OnceLock::new()).collect() })
     }
 
     /// The rendering of inert contents, and where they stand in it.
@@ -225,7 +225,8 @@ impl Located {
         Ok(ByteSpan {
             start: self.turn_start(template, messages, number, bos)?,
             end: if number + 1 == messages.len() {
-                let footer = self.footer_by_prefix(template, messages, number + 1);
+                let behind = &self.skeleton.footers[number + 1];
+                let footer = *behind.get_or_init(|| self.footer_by_prefix(template, messages, number + 1));
                 footer.map_or(text.len(), |footer| self.contents[number].end + footer)
             } else {
                 self.turn_start(template, messages, number + 1, bos)?

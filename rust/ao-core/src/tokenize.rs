@@ -8,21 +8,48 @@ use std::ops::RangeInclusive;
 use memchr::memmem;
 use serde_json::{Value, json};
 
+use crate::align::Probes;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::manifest::{canonical_json, sha256_hex};
+use crate::older::{Older, Patterns, VERSION};
+use crate::prove::{ENGINE_VERSION, Proof, prove, proved};
 
 /// A tokenizer as one `tokenizer.json` describes it.
 pub struct Tokenizer {
-    pub(crate) engine: Engine,
-    pub(crate) surfaces: Surfaces,
-    pub(crate) probes: crate::align::Probes,
+    pub(crate) backend: Backend,
+    engine: String,
     added: HashMap<String, i32>,
     /// By id, up to the last added token: whether it is one, and whether it is special.
     roles: Vec<Role>,
     /// Whether the decoder only writes a space for U+2581 and a byte for each byte token.
     marks_spaces: bool,
     fingerprint: String,
+}
+
+/// What encodes and decodes.
+pub(crate) enum Backend {
+    /// The engine.
+    Engine(Box<Own>),
+    /// What it should have equalled, where it does not.
+    Older(Box<Older>),
+}
+
+/// The engine and what is needed to trace its work.
+pub(crate) struct Own {
+    pub(crate) engine: Engine,
+    pub(crate) surfaces: Surfaces,
+    pub(crate) probes: Probes,
+}
+
+impl Own {
+    /// Build from a canonical `tokenizer.json`.
+    fn new(root: &Value) -> Result<Self> {
+        let engine = Engine::from_canonical_json(root)?;
+        let surfaces = Surfaces::new(&root["model"])?;
+        let probes = Probes::new(&engine)?;
+        Ok(Self { engine, surfaces, probes })
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -47,8 +74,7 @@ impl Tokenizer {
         }
         let fingerprint = sha256_hex(canonical_json(&root).as_bytes());
         require_dense_ids(&root)?;
-        tokenizers::canonicalize_value(&mut root).map_err(Error::tokenizer)?;
-        let engine = Engine::from_canonical_json(&root)?;
+        let (backend, engine) = choose(&root)?;
         let mut added = HashMap::new();
         let mut roles = Vec::new();
         for token in root["added_tokens"].as_array().into_iter().flatten() {
@@ -61,10 +87,8 @@ impl Tokenizer {
             roles.resize(roles.len().max(at + 1), Role::Entry);
             roles[at] = if token["special"].as_bool() == Some(true) { Role::Special } else { Role::Added };
         }
-        let surfaces = Surfaces::new(&root["model"])?;
-        let probes = crate::align::Probes::new(&engine)?;
         let marks_spaces = marks_spaces(&root["decoder"]);
-        Ok(Self { engine, surfaces, probes, added, roles, marks_spaces, fingerprint })
+        Ok(Self { backend, engine, added, roles, marks_spaces, fingerprint })
     }
 
     /// The sha256 of the file's content, whatever its layout; truncation and padding, which are not used, left out.
@@ -78,9 +102,16 @@ impl Tokenizer {
     /// # Errors
     /// If the engine refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
-        let mut tokens = Vec::with_capacity(text.len() / 3 + 4);
-        self.engine.encode_into(text, &mut tokens)?;
-        Ok(tokens.into_iter().map(|token| token.id() as i32).collect())
+        match &self.backend {
+            Backend::Engine(own) => unpanicked(|| own.engine.ids(text)),
+            Backend::Older(older) => unpanicked(|| older.encode(text)),
+        }
+    }
+
+    /// Which library encodes, and what was proved of it when it was chosen: for people.
+    #[must_use]
+    pub fn engine(&self) -> &str {
+        &self.engine
     }
 
     /// The text of `ids`, special tokens included.
@@ -90,7 +121,8 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
         if self.marks_spaces
             && !ids.iter().any(|&id| self.is_added(id))
-            && let Some(text) = self.surfaces.marked_text(ids)
+            && let Backend::Engine(own) = &self.backend
+            && let Some(text) = own.surfaces.marked_text(ids)
         {
             return Ok(text);
         }
@@ -98,7 +130,10 @@ impl Tokenizer {
             .iter()
             .map(|&id| u32::try_from(id).map_err(|_| Error::input(format!("{id} is not a token id"))))
             .collect::<Result<_>>()?;
-        self.engine.decode(&ids)
+        match &self.backend {
+            Backend::Engine(own) => unpanicked(|| own.engine.decode(&ids)),
+            Backend::Older(older) => unpanicked(|| older.decode(&ids)),
+        }
     }
 
     /// The id of the added token that reads `content`.
@@ -124,6 +159,43 @@ impl Tokenizer {
 
 /// Ids are below this; the largest vocabularies have some 300,000.
 const MOST_IDS: u64 = 1 << 24;
+
+/// The engine if it equals transformers' tokenizer, else that one; and what to say of it.
+fn choose(root: &Value) -> Result<(Backend, String)> {
+    let own = || {
+        unpanicked(|| {
+            let mut canonical = root.clone();
+            tokenizers::canonicalize_value(&mut canonical).map_err(Error::tokenizer)?;
+            Own::new(&canonical)
+        })
+    };
+    // They take about as long to read a large vocabulary.
+    let (own, older) = rayon::join(own, || unpanicked(|| Older::new(root)));
+    let (older, why) = match (own, older) {
+        (Err(error), Err(_)) => return Err(error),
+        (Err(error), Ok(older)) => (older, format!("it cannot be built ({error})")),
+        (Ok(own), Err(error)) => {
+            let engine = format!("tokenizers {ENGINE_VERSION}, not compared: {VERSION} cannot read the file ({error})");
+            return Ok((Backend::Engine(Box::new(own)), engine));
+        }
+        (Ok(own), Ok(older)) => match unpanicked(|| Ok(prove(&own.engine, &older, root))) {
+            Ok(Proof::Equal(count)) => return Ok((Backend::Engine(Box::new(own)), proved(count))),
+            Ok(Proof::Differs(what)) => (older, what),
+            Err(error) => (older, error.to_string()),
+        },
+    };
+    let patterns = Patterns::of(&root["pre_tokenizer"])?;
+    let engine = format!("tokenizers {VERSION}, because of {ENGINE_VERSION}: {why}");
+    Ok((Backend::Older(Box::new(older.watched(patterns))), engine))
+}
+
+/// What `work` gives, or an error if it panics, which neither library should do and either may on a file that is no
+/// tokenizer of any model.
+fn unpanicked<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(Error::tokenizer("it makes the tokenizer library panic; report the file to its authors"))
+    })
+}
 
 /// U+2581 in UTF-8.
 const SPACE_BYTES: &[u8] = "\u{2581}".as_bytes();

@@ -42,6 +42,11 @@ impl Framer {
     }
 
     #[getter]
+    fn engine(&self) -> &str {
+        self.inner.engine()
+    }
+
+    #[getter]
     fn end_of_turn_id(&self) -> i32 {
         self.inner.end_of_turn_id()
     }
