@@ -343,7 +343,8 @@ def build_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     settings = build_settings(
         manifest["config"], oracle=manifest["oracle"], targets=manifest["targets"], inputs=manifest["inputs"]
     )
-    text = canonical_json({"framer": manifest["framer"], "settings": settings})
+    versions = {"schema": manifest["schema"], "rules": manifest.get("rules")}
+    text = canonical_json({"framer": manifest["framer"], "settings": settings, **versions})
     if (found := hashlib.sha256(text.encode()).hexdigest()) != manifest["build"]:
         yield (
             "manifest.json: its config, inputs or fingerprints are not those that it was built from (expected build "

@@ -19,6 +19,10 @@ use crate::stats::{LENGTH_EDGES, Stats};
 /// The file whose presence says that a data set is whole.
 pub const MANIFEST: &str = "manifest.json";
 
+/// The version of everything that decides a datapoint beside its settings: draws, windows, questions, ids. It goes up
+/// whenever the same input would give other bytes, so that no build goes on with shards of another version.
+pub const RULES: u64 = 1;
+
 /// Which shards a process builds: those whose number is `index` modulo `of`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Part {
@@ -60,7 +64,8 @@ impl Identity {
     pub(crate) fn new(framer: &Framer, settings_json: &str, settings: PackSettings) -> Result<Self> {
         let framer = json!(framer.fingerprint());
         let settings_value: Value = serde_json::from_str(settings_json).map_err(Error::settings)?;
-        let build = sha256_hex(canonical_json(&json!({"framer": framer, "settings": settings_value})).as_bytes());
+        let decisive = json!({"framer": framer, "settings": settings_value, "schema": SCHEMA, "rules": RULES});
+        let build = sha256_hex(canonical_json(&decisive).as_bytes());
         let PackSettings { oracle, targets, config, inputs, .. } = settings;
         Ok(Self { build, framer, oracle, targets, config, inputs })
     }
@@ -280,6 +285,7 @@ fn write_manifest(folder: &Path, identity: &Identity, shards: &BTreeMap<usize, S
     let Identity { build, framer, oracle, targets, config, inputs } = identity;
     let manifest = canonical_json(&json!({
         "schema": SCHEMA,
+        "rules": RULES,
         "kind": "packed",
         "build": build,
         "framer": framer,
