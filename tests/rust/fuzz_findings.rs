@@ -230,6 +230,26 @@ fn a_tokenizer_with_an_id_far_out() {
     }
 }
 
+/// The engine panics on merges that give more than the longest entry, or that lack the prefix of what continues a word.
+#[test]
+fn a_tokenizer_with_merges_of_no_entry() {
+    let text = String::from_utf8(checks::seeds("tokenizer_json").pop().unwrap()).unwrap();
+    let prefix = "\"continuing_subword_prefix\":null";
+    for (field, other) in [
+        ("\"ab\":3", "\"d\":3"),
+        (prefix, "\"continuing_subword_prefix\":\"####\""),
+        ("[\"a\",\"b\"]", "[\"\u{2581}a\",\"\u{2581}a\"]"),
+        ("[\"a\",\"b\"]", "\"\u{2581}a \u{2581}a\""),
+    ] {
+        let mut text = text.replace(field, other);
+        assert!(text.contains(other));
+        if other.contains("\"d\"") {
+            text = text.replace("\"\u{2581}a\":4", "\"e\":4");
+        }
+        assert!(Tokenizer::from_json(&text).is_err());
+    }
+}
+
 /// A list of all its shards was made as long as a part's file says.
 #[test]
 fn parts_that_count_more_shards_than_there_are() {

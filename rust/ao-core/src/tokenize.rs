@@ -74,6 +74,7 @@ impl Tokenizer {
         }
         let fingerprint = sha256_hex(canonical_json(&root).as_bytes());
         require_dense_ids(&root)?;
+        require_merges_in_bounds(&root["model"])?;
         let (backend, engine) = choose(&root)?;
         let mut added = HashMap::new();
         let mut roles = Vec::new();
@@ -335,6 +336,26 @@ fn require_dense_ids(root: &Value) -> Result<()> {
             "the id of {token:?} is {id}, but ids must be whole numbers below {MOST_IDS}; the file is damaged"
         ))),
     }
+}
+
+/// Refuse merges that give more than any entry has room for, on which the engine would panic.
+fn require_merges_in_bounds(model: &Value) -> Result<()> {
+    let (Some(merges), Some(vocab)) = (model["merges"].as_array(), model["vocab"].as_object()) else { return Ok(()) };
+    let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
+    for merge in merges {
+        let parts = match merge {
+            Value::String(text) => text.split_once(' '),
+            pair => pair[0].as_str().zip(pair[1].as_str()),
+        };
+        let Some((left, right)) = parts else { continue };
+        if right.strip_prefix(prefix).is_none_or(|right| left.len() + right.len() > longest) {
+            return Err(Error::tokenizer(format!(
+                "the merge of {left:?} and {right:?} gives no entry of the vocabulary; the file is damaged"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The model's entries: a map of ids, or for Unigram a list whose order is the ids.
