@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use ao_core::datapoint::Datapoint;
+use ao_core::datapoint::{ContextIds, Datapoint};
 use ao_core::layout::{decode, layout, metadata, verify};
 use ao_core::manifest::{sha256_hex, write_atomic};
 use ao_core::stats::Stats;
@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 /// A datapoint with a context that is a piece of a small alphabet, so that contexts repeat and begin each other.
-fn datapoint(number: usize, context: Vec<i32>, prompt: usize, answer: usize, seed: usize) -> Datapoint {
+fn datapoint(number: usize, context: &[i32], prompt: usize, answer: usize, seed: usize) -> Datapoint {
     let num_positions = 1 + seed % prompt.min(3);
     let last = context.len() - 1;
     Datapoint {
@@ -28,7 +28,7 @@ fn datapoint(number: usize, context: Vec<i32>, prompt: usize, answer: usize, see
         placeholders: (0..num_positions as i32).collect(),
         layers: vec![(seed % 60) as i16; num_positions],
         read_positions: (0..num_positions).map(|at| last.saturating_sub(at) as i32).collect(),
-        context_ids: Arc::from(context),
+        context_ids: ContextIds::from(context),
         kind: (seed % 3) as u8,
         question: Arc::from("q\u{1f600}".repeat(seed % 4)),
         answer: Arc::from("a"),
@@ -41,7 +41,7 @@ fn datapoints() -> impl Strategy<Value = Vec<Datapoint>> {
     prop::collection::vec(one, 1..40).prop_map(|rows| {
         rows.into_iter()
             .enumerate()
-            .map(|(number, (context, prompt, answer, seed))| datapoint(number, context, prompt, answer, seed))
+            .map(|(number, (context, prompt, answer, seed))| datapoint(number, &context, prompt, answer, seed))
             .collect()
     })
 }
@@ -96,7 +96,7 @@ struct Broken {
 
 impl Broken {
     fn new() -> Self {
-        let datapoints: Vec<_> = (0..3).map(|at| datapoint(at, vec![1, 2, at as i32], 5, 2, at)).collect();
+        let datapoints: Vec<_> = (0..3).map(|at| datapoint(at, &[1, 2, at as i32], 5, 2, at)).collect();
         let bytes = shard::encode(&datapoints, &mut Stats::default(), |_| json!({})).expect("it can be written");
         let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
         let header = serde_json::from_slice(&bytes[8..8 + length]).expect("a header is JSON");

@@ -1,8 +1,10 @@
 //! From the units of one shard to its datapoints, in parallel and in order.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
-use crate::datapoint::{Common, Datapoint, Outcome, Question, SharedContext, datapoints, read_positions};
+use crate::datapoint::{Common, Datapoint, Outcome, Question, datapoints, read_positions};
 use crate::error::{Error, Result};
 use crate::frame::{FramedContext, Framer};
 use crate::lens;
@@ -13,46 +15,53 @@ use crate::stats::Stats;
 /// How often another context is drawn for an unanswerable example before it stays as it is.
 const DONOR_DRAWS: usize = 8;
 
-/// What becomes one shard.
-#[derive(Default)]
-pub(crate) struct Built {
-    pub(crate) datapoints: Vec<Datapoint>,
-    pub(crate) stats: Stats,
-    /// What could not be used, in order.
-    pub(crate) errors: Vec<Error>,
+/// What becomes of the examples of one shard's units: by runs of units with one context, in order.
+pub(crate) type Outcomes = Vec<Vec<Outcome>>;
+
+/// Build all examples of `units`, which are those of one shard, on all threads.
+pub(crate) fn build(framer: &Framer, common: &Common, units: &[Unit]) -> Outcomes {
+    let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
+    runs.par_iter().map(|run| Run { framer, common, all: units }.outcomes(run)).collect()
 }
 
-/// Build all examples of `units`, which are those of one shard.
-pub(crate) fn build(framer: &Framer, common: &Common, units: &[Unit]) -> Built {
-    let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
-    let outcomes: Vec<Vec<Outcome>> =
-        runs.par_iter().map(|run| Run { framer, common, all: units }.outcomes(run)).collect();
-    let mut built = Built::default();
-    let sources = units.iter().flat_map(|unit| std::iter::repeat_n(&unit.source, unit.examples.len()));
-    for (source, outcome) in sources.zip(outcomes.into_iter().flatten()) {
-        let stats = built.stats.source(&source.name);
-        stats.offered += 1;
-        match outcome {
-            Outcome::Kept(datapoints) => {
-                stats.keep(&datapoints, source.counts_answers());
-                built.datapoints.extend(datapoints);
-            }
-            Outcome::Dropped(reason) => stats.drop_one(reason),
-            Outcome::Bad(error) => {
-                stats.pass_over(error.reason());
-                built.errors.push(error);
+/// The errors among outcomes.
+pub(crate) fn errors(outcomes: &Outcomes) -> impl Iterator<Item = &Error> {
+    outcomes.iter().flatten().filter_map(|outcome| match outcome {
+        Outcome::Bad(error) => Some(error),
+        _ => None,
+    })
+}
+
+/// The datapoints of a shard, and its counts.
+pub(crate) fn gather(units: &[Unit], outcomes: Outcomes) -> (Vec<Datapoint>, Stats) {
+    let mut kept = Vec::with_capacity(outcomes.iter().map(Vec::len).sum());
+    let mut stats = Stats::default();
+    let mut outcomes = outcomes.into_iter().flatten();
+    for units in units.chunk_by(|one, next| Arc::ptr_eq(&one.source, &next.source)) {
+        let source = &units[0].source;
+        let counts = stats.source(&source.name);
+        let num_examples = units.iter().map(|unit| unit.examples.len()).sum();
+        for outcome in outcomes.by_ref().take(num_examples) {
+            counts.offered += 1;
+            match outcome {
+                Outcome::Kept(datapoints) => {
+                    counts.keep(&datapoints, source.counts_answers());
+                    kept.extend(datapoints);
+                }
+                Outcome::Dropped(reason) => counts.drop_one(reason),
+                Outcome::Bad(error) => counts.pass_over(error.reason()),
             }
         }
     }
-    built.stats.measure(&built.datapoints);
-    built
+    stats.measure(&kept);
+    (kept, stats)
 }
 
 /// Whether two units of one source stand side by side with the same context, which is then tokenized once.
 fn same_context(one: &Unit, next: &Unit) -> bool {
     match (&one.body, &next.body) {
         (Body::Context(one_asked), Body::Context(next_asked)) => {
-            std::sync::Arc::ptr_eq(&one.source, &next.source) && one_asked.context == next_asked.context
+            Arc::ptr_eq(&one.source, &next.source) && one_asked.context == next_asked.context
         }
         _ => false,
     }
@@ -137,8 +146,7 @@ impl Run<'_> {
 
     fn datapoints(&self, framed: &Framed, unit: &Unit, positions: Vec<i32>, question: Question) -> Result<Outcome> {
         let layers = unit.source.layers_per_example.unwrap_or(self.common.layers_per_example);
-        let mut shared = SharedContext::new(&framed.context.ids);
-        datapoints(self.framer, self.common, layers, &mut shared, positions, question)
+        datapoints(self.framer, self.common, layers, &framed.ids, positions, question)
     }
 
     /// Another unit's context for an example that is to be unanswerable, and what it answers then.
@@ -151,7 +159,7 @@ impl Run<'_> {
         let of_source: Vec<&Asked> = self
             .all
             .iter()
-            .filter(|other| std::sync::Arc::ptr_eq(&other.source, &unit.source))
+            .filter(|other| Arc::ptr_eq(&other.source, &unit.source))
             .filter_map(|other| match &other.body {
                 Body::Context(asked) => Some(&**asked),
                 _ => None,
@@ -171,10 +179,13 @@ impl Run<'_> {
 /// A context as tokens.
 struct Framed {
     context: FramedContext,
+    /// The same tokens, for the datapoints to hold in common.
+    ids: Arc<[i32]>,
 }
 
 impl Framed {
     fn new(framer: &Framer, asked: &Asked) -> Result<Self> {
-        Ok(Self { context: framer.context(&asked.context)? })
+        let context = framer.context(&asked.context)?;
+        Ok(Self { ids: Arc::from(context.ids.as_slice()), context })
     }
 }

@@ -27,7 +27,7 @@ pub struct Datapoint {
     /// For each placeholder, the index into `context_ids`.
     pub read_positions: Vec<i32>,
     /// What the target reads, cut after the last position that is read.
-    pub context_ids: Arc<[i32]>,
+    pub context_ids: ContextIds,
     /// Whose activations, as [`crate::example::Kind::code`].
     pub kind: u8,
     /// The question, for people.
@@ -109,7 +109,7 @@ pub(crate) fn datapoints(
     framer: &Framer,
     common: &Common,
     layers_per_example: LayersPerExample,
-    context: &mut SharedContext,
+    context: &Arc<[i32]>,
     read_positions: Vec<i32>,
     question: Question,
 ) -> Result<Outcome> {
@@ -121,7 +121,7 @@ pub(crate) fn datapoints(
     let answer_ids = framer.answer(&question.answer)?;
     let shared = Shared {
         source: question.source,
-        context_ids: context.cut(length),
+        context_ids: ContextIds::new(Arc::clone(context), length),
         question: Arc::from(question.text),
         answer: Arc::from(question.answer),
         meta: Arc::from(question.meta),
@@ -142,29 +142,53 @@ pub(crate) fn datapoints(
     Ok(Outcome::Kept(kept))
 }
 
-/// A context's tokens, of which several examples show the same first ones.
-pub(crate) struct SharedContext<'a> {
-    ids: &'a [i32],
-    last: Option<Arc<[i32]>>,
+/// The first tokens of a context, which datapoints that read it hold in common.
+///
+/// As a slice it is what is shown; examples of one context show more or less of the same tokens.
+#[derive(Debug, Clone)]
+pub struct ContextIds {
+    whole: Arc<[i32]>,
+    shown: usize,
 }
 
-impl<'a> SharedContext<'a> {
-    pub(crate) fn new(ids: &'a [i32]) -> Self {
-        Self { ids, last: None }
+impl ContextIds {
+    /// The first `shown` of `whole`, at most all.
+    #[must_use]
+    pub fn new(whole: Arc<[i32]>, shown: usize) -> Self {
+        let shown = shown.min(whole.len());
+        Self { whole, shown }
     }
 
-    fn cut(&mut self, length: usize) -> Arc<[i32]> {
-        let same = self.last.as_ref().filter(|last| last.len() == length).map(Arc::clone);
-        let cut = same.unwrap_or_else(|| Arc::from(&self.ids[..length]));
-        self.last = Some(Arc::clone(&cut));
-        cut
+    /// Where the tokens lie: the same for all that hold them in common.
+    pub(crate) fn place(&self) -> *const i32 {
+        self.whole.as_ptr()
+    }
+}
+
+impl From<&[i32]> for ContextIds {
+    fn from(ids: &[i32]) -> Self {
+        Self::new(Arc::from(ids), ids.len())
+    }
+}
+
+impl std::ops::Deref for ContextIds {
+    type Target = [i32];
+
+    fn deref(&self) -> &[i32] {
+        &self.whole[..self.shown]
+    }
+}
+
+impl PartialEq for ContextIds {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
     }
 }
 
 /// What the datapoints of one example have in common.
 struct Shared {
     source: Arc<str>,
-    context_ids: Arc<[i32]>,
+    context_ids: ContextIds,
     question: Arc<str>,
     answer: Arc<str>,
     meta: Arc<str>,
@@ -186,7 +210,7 @@ impl Shared {
             placeholders: prompt.placeholders,
             layers: layers.iter().flat_map(|&layer| std::iter::repeat_n(layer as i16, num_positions)).collect(),
             read_positions: self.read_positions.repeat(layers.len()),
-            context_ids: Arc::clone(&self.context_ids),
+            context_ids: self.context_ids.clone(),
             kind: self.kind,
             question: Arc::clone(&self.question),
             answer: Arc::clone(&self.answer),

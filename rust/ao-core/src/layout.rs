@@ -13,7 +13,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::datapoint::Datapoint;
+use crate::datapoint::{ContextIds, Datapoint};
 use crate::error::{Error, Result};
 use crate::manifest::hex;
 use crate::shard::{METADATA_KEY, SCHEMA};
@@ -342,7 +342,7 @@ pub fn decode(path: &Path) -> Result<Vec<Datapoint>> {
                 placeholders: placeholders[row].clone(),
                 layers: layers[layer_rows[row] as usize..layer_rows[row + 1] as usize].to_vec(),
                 read_positions: positions[row].clone(),
-                context_ids: Arc::from(&stored[contexts[row] as usize][..lengths[row] as usize]),
+                context_ids: ContextIds::from(&stored[contexts[row] as usize][..lengths[row] as usize]),
                 kind: kinds[row],
                 question: Arc::from(questions[row].as_str()),
                 answer: Arc::from(asked[row].as_str()),

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::build::{Built, build};
+use crate::build::{Outcomes, build, errors, gather};
 use crate::datapoint::Common;
 use crate::error::{Error, Result};
 use crate::folder::{BuildFolder, Identity, Part, ShardEntry, shard_name};
@@ -51,7 +51,6 @@ pub struct PackWriter {
     progress: Progress,
     num_errors: usize,
     pending: Vec<Unit>,
-    built: Option<(usize, Built)>,
     writing: Option<JoinHandle<Result<ShardEntry>>>,
     state: State,
 }
@@ -101,7 +100,6 @@ impl PackWriter {
             progress: Progress::default(),
             num_errors,
             pending: Vec::new(),
-            built: None,
             writing: None,
             state: State::Open,
         })
@@ -164,55 +162,47 @@ impl PackWriter {
         self.folder.part.has(shard) && !self.done.contains_key(&shard)
     }
 
-    /// Build the pending shard, and write the one before it meanwhile.
-    fn close(&mut self, framer: &Framer, shard: usize) -> Result<()> {
+    /// Build the pending shard and have it written while the next one is built.
+    fn close(&mut self, framer: &Framer, number: usize) -> Result<()> {
         let units = std::mem::take(&mut self.pending);
-        if !self.is_wanted(shard) {
+        if !self.is_wanted(number) {
             return Ok(());
         }
-        let previous = self.built.take();
-        let (common, folder) = (&self.common, &self.folder);
-        let (built, encoded) = rayon::join(
-            || build(framer, common, &units),
-            || previous.map(|(number, built)| encode(folder, number, built)),
-        );
-        encoded.map(|encoded| self.write(encoded?)).transpose()?;
-        self.num_errors += built.errors.len();
-        self.progress.stats.add(&built.stats);
-        let room = MESSAGES.saturating_sub(self.progress.messages.len());
-        self.progress.messages.extend(built.errors.iter().take(room).map(ToString::to_string));
-        if self.num_errors > self.max_errors {
-            return Err(self.too_many_errors(built.errors));
-        }
-        self.built = Some((shard, built));
-        Ok(())
-    }
-
-    fn too_many_errors(&mut self, errors: Vec<Error>) -> Error {
-        let flushed = self.flush();
-        let first = errors.into_iter().next().expect("there is an error too many");
-        match flushed {
-            Err(error) => error,
-            Ok(()) if self.max_errors == 0 => first,
-            Ok(()) => Error::input(format!(
-                "{} examples cannot be used, more than the {} that are passed over with --max-errors; the last shard's first: {first}",
-                self.num_errors, self.max_errors
-            )),
-        }
-    }
-
-    /// Hand a shard to a thread of its own, which mostly waits for the disk.
-    fn write(&mut self, encoded: Encoded) -> Result<()> {
+        let outcomes = build(framer, &self.common, &units);
         self.flush()?;
-        let path = self.folder.path.join(shard_name(encoded.number));
-        self.writing = Some(std::thread::spawn(move || encoded.write(&path)));
+        let mut errors = errors(&outcomes).peekable();
+        let first = errors.peek().map(|error| error.again());
+        for error in errors {
+            self.num_errors += 1;
+            if self.progress.messages.len() < MESSAGES {
+                self.progress.messages.push(error.to_string());
+            }
+        }
+        if let Some(first) = first
+            && self.num_errors > self.max_errors
+        {
+            return Err(self.too_many_errors(first));
+        }
+        let (identity, path) = (self.folder.identity.clone(), self.folder.path.join(shard_name(number)));
+        self.writing = Some(std::thread::spawn(move || write(&identity, &path, number, &units, outcomes)));
         Ok(())
+    }
+
+    fn too_many_errors(&self, first: Error) -> Error {
+        if self.max_errors == 0 {
+            return first;
+        }
+        Error::input(format!(
+            "{} examples cannot be used, more than the {} that are passed over with --max-errors; the last shard's first: {first}",
+            self.num_errors, self.max_errors
+        ))
     }
 
     /// Wait for the shard that is being written.
     fn flush(&mut self) -> Result<()> {
         let Some(writing) = self.writing.take() else { return Ok(()) };
         let entry = writing.join().map_err(|_| Error::input("the thread that writes shards has panicked"))??;
+        self.progress.stats.add(&entry.stats);
         self.done.insert(entry.number, entry);
         Ok(())
     }
@@ -227,9 +217,6 @@ impl PackWriter {
         let offered = self.progress.offered;
         if !offered.is_multiple_of(self.examples_per_shard) {
             self.close(framer, offered / self.examples_per_shard)?;
-        }
-        if let Some((number, built)) = self.built.take() {
-            self.write(encode(&self.folder, number, built)?)?;
         }
         self.flush()?;
         let num_shards = offered.div_ceil(self.examples_per_shard);
@@ -258,23 +245,10 @@ impl Drop for PackWriter {
     }
 }
 
-/// A shard in memory.
-struct Encoded {
-    number: usize,
-    bytes: Vec<u8>,
-    stats: Stats,
-}
-
-fn encode(folder: &BuildFolder, number: usize, built: Built) -> Result<Encoded> {
-    let Built { datapoints, mut stats, .. } = built;
-    let bytes = shard::encode(&datapoints, &mut stats, |stats| folder.identity.header(number, stats))?;
-    Ok(Encoded { number, bytes, stats })
-}
-
-impl Encoded {
-    fn write(self, path: &Path) -> Result<ShardEntry> {
-        write_atomic(path, &self.bytes)?;
-        let Self { number, bytes, stats } = self;
-        Ok(ShardEntry { number, sha256: sha256_hex(&bytes), bytes: bytes.len() as u64, stats })
-    }
+/// Lay a shard out and write it.
+fn write(identity: &Identity, path: &Path, number: usize, units: &[Unit], outcomes: Outcomes) -> Result<ShardEntry> {
+    let (datapoints, mut stats) = gather(units, outcomes);
+    let bytes = shard::encode(&datapoints, &mut stats, |stats| identity.header(number, stats))?;
+    write_atomic(path, &bytes)?;
+    Ok(ShardEntry { number, sha256: sha256_hex(&bytes), bytes: bytes.len() as u64, stats })
 }

@@ -113,7 +113,7 @@ fn duplicates(datapoints: &[Datapoint]) -> u64 {
     let mut seen = HashSet::with_capacity(datapoints.len());
     let repeated = |datapoint: &&Datapoint| {
         let mut hasher = Xxh3::new();
-        for part in [&datapoint.input_ids, &*datapoint.context_ids, &datapoint.read_positions] {
+        for part in [&*datapoint.input_ids, &*datapoint.context_ids, &*datapoint.read_positions] {
             hasher.update(&part.len().to_le_bytes());
             hasher.update(bytemuck::cast_slice(part));
         }
@@ -172,29 +172,55 @@ struct SharedContexts {
 
 impl SharedContexts {
     fn new(datapoints: &[Datapoint]) -> Self {
-        let mut order: Vec<usize> = (0..datapoints.len()).collect();
-        order.sort_by(|&a, &b| datapoints[a].context_ids.cmp(&datapoints[b].context_ids).then(a.cmp(&b)));
+        let held = Held::new(datapoints);
+        let mut order: Vec<usize> = (0..held.longest.len()).collect();
+        order.sort_by(|&a, &b| held.longest[a].cmp(held.longest[b]).then(a.cmp(&b)));
         // Whatever begins with a context stands right behind it, so the neighbour decides, from the longest back.
-        let mut holder = vec![0; datapoints.len()];
+        let mut holder = vec![0; held.longest.len()];
         let mut later: Option<usize> = None;
         for &at in order.iter().rev() {
-            let own = &datapoints[at].context_ids;
             holder[at] = match later {
-                Some(next) if datapoints[next].context_ids.starts_with(own) => holder[next],
+                Some(next) if held.longest[next].starts_with(held.longest[at]) => holder[next],
                 _ => at,
             };
             later = Some(at);
         }
         let mut shared = Self { stored: Ragged::new(), rows: Vec::with_capacity(datapoints.len()) };
         let mut row_of: HashMap<usize, i32> = HashMap::new();
-        for &at in &holder {
+        for &group in &held.groups {
             let next = row_of.len() as i32;
-            let row = *row_of.entry(at).or_insert_with(|| {
-                shared.stored.push(&datapoints[at].context_ids);
+            let row = *row_of.entry(holder[group]).or_insert_with(|| {
+                shared.stored.push(held.longest[holder[group]]);
                 next
             });
             shared.rows.push(row);
         }
         shared
+    }
+}
+
+/// Datapoints by the tokens that they hold in common, which need not be compared with each other.
+struct Held<'a> {
+    /// For each datapoint, its group.
+    groups: Vec<usize>,
+    /// For each group, the longest context that one of it shows.
+    longest: Vec<&'a [i32]>,
+}
+
+impl<'a> Held<'a> {
+    fn new(datapoints: &'a [Datapoint]) -> Self {
+        let mut held = Self { groups: Vec::with_capacity(datapoints.len()), longest: Vec::new() };
+        let mut group_at = HashMap::new();
+        for datapoint in datapoints {
+            let own: &[i32] = &datapoint.context_ids;
+            let group = *group_at.entry(datapoint.context_ids.place()).or_insert(held.longest.len());
+            match held.longest.get_mut(group) {
+                None => held.longest.push(own),
+                Some(longest) if longest.len() < own.len() => *longest = own,
+                Some(_) => {}
+            }
+            held.groups.push(group);
+        }
+        held
     }
 }
