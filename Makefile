@@ -40,7 +40,7 @@ lint: install ## formatting, lints, types, stub
 	$(BIN)/python -m mypy.stubtest ao._ao
 
 test: lint ## everything that CI checks
-	cargo test --quiet
+	cargo test --release --quiet
 	$(BIN)/python -m pytest
 
 soak: install ## the long counts: 50 kills, many cases of each property, a minute of fuzzing for each target
