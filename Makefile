@@ -33,7 +33,7 @@ demo: install ## train and score an oracle on the embedded demo world (two minut
 
 lint: install ## formatting, lints, types, stub
 	cargo fmt --all --check
-	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	cargo clippy --release --quiet --workspace --all-targets -- -D warnings
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/ruff check python tests benches
 	$(BIN)/basedpyright --level error
