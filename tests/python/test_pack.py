@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reference as slow
 import xxhash
@@ -66,6 +68,40 @@ def pack_records(root: Path, model: str, examples: list[dict[str, Any]], **data:
 def digest(folder: Path) -> str:
     files = sorted(folder.iterdir())
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+TURNS = pa.struct({"role": pa.large_string(), "content": pa.large_string()})
+SPANS = pa.struct({"message": pa.int8(), "start": pa.uint16(), "end": pa.int32(), "onwards": pa.bool_()})
+NAMES = pa.dictionary(pa.int8(), pa.string())
+SPELLINGS: dict[str, dict[str, pa.DataType]] = {
+    "inferred": {},
+    "large": {"question": pa.large_string(), "context": pa.large_list(TURNS), "meta": pa.struct({"x": pa.float32()})},
+    "narrow": {"question": pa.string_view(), "positions": pa.list_(pa.int32()), "read": pa.large_list(SPANS)},
+    "dictionary": {"question": NAMES, "answer": NAMES, "layers": pa.list_(pa.float32())},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_columns_mean_what_the_same_lines_mean(tmp_path: Path, model: str, spelling: str) -> None:
+    """Lists, structs, nulls and every spelling of text, in a table that is not JSON."""
+    given: list[dict[str, Any]] = [
+        {"id": "a \"b\" \n \x1f", "context": [USER, REPLY], "read": [{"message": 1}], "positions": [0, -1]},
+        {"id": "c", "context": [SYSTEM, USER], "layers": [0.5, 0.75], "meta": {"x": 0.25, "y": None}},
+        {"id": "d", "context": [USER], "read": [{"message": 0, "start": 4, "end": 8}, {"message": 0, "onwards": True}]},
+    ]
+    rows = [{**ASKED, **row} for row in given]
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    spelled = pa.schema([(field.name, SPELLINGS[spelling].get(field.name, field.type)) for field in table.schema])
+    pq.write_table(table.cast(spelled), tmp_path / "columns.parquet", row_group_size=2)
+    write_lines(tmp_path / "lines.jsonl", rows)
+    built: dict[str, list[Any]] = {}
+    for path in (tmp_path / "lines.jsonl", tmp_path / "columns.parquet"):
+        run(tmp_path, model, {"name": "r", "kind": "records", "path": path.name}, out=path.stem)
+        data = PackedDataset.open(tmp_path / path.stem, verify=True)
+        built[path.stem] = [repr(replace(datapoint, meta=None)) for datapoint in data]
+    assert len(built["lines"]) == len(rows)
+    assert built["columns"] == built["lines"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo"])

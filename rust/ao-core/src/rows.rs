@@ -6,9 +6,10 @@
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, RecordBatch};
-use arrow_json::LineDelimitedWriter;
 use arrow_schema::DataType;
 use serde::Deserialize;
+use serde_arrow::Deserializer;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -76,17 +77,34 @@ pub fn json_rows<'a>(batch: &'a RecordBatch, scratch: &'a mut Vec<u8>) -> Result
     if schema.fields().len() == 1 && schema.field(0).name() == JSON {
         return lines_of(batch.column(0).as_ref());
     }
-    scratch.clear();
-    let failed = |error| {
+    let failed = |error: &dyn std::fmt::Display| {
         Error::input(format!(
             "a table cannot be written as JSON rows: {error}; expected text, numbers, lists or structs"
         ))
     };
-    let mut writer = LineDelimitedWriter::new(&mut *scratch);
-    writer.write(batch).and_then(|()| writer.finish()).map_err(failed)?;
-    let mut rows: Vec<&[u8]> = scratch.split(|&byte| byte == b'\n').collect();
-    rows.truncate(batch.num_rows());
-    Ok(rows)
+    scratch.clear();
+    let mut ends = Vec::with_capacity(batch.num_rows());
+    let rows = Deserializer::from_record_batch(batch).map_err(|error| failed(&error))?;
+    for row in &rows {
+        let mut row = Value::deserialize(row).map_err(|error| failed(&error))?;
+        drop_nulls(&mut row);
+        serde_json::to_writer(&mut *scratch, &row).map_err(|error| failed(&error))?;
+        ends.push(scratch.len());
+    }
+    let mut start = 0;
+    Ok(ends.into_iter().map(|end| &scratch[std::mem::replace(&mut start, end)..end]).collect())
+}
+
+/// A table has every field in every row: a null stands for a field that the object lacks.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
 }
 
 fn lines_of(column: &dyn Array) -> Result<Vec<&[u8]>> {

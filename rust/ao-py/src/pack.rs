@@ -9,9 +9,10 @@ use ao_core::rows::{Table, json_rows};
 use ao_core::source::{self, Survey};
 use ao_core::stats::SourceStats;
 use ao_core::{Error, folder, frame, manifest};
+use arrow_array::RecordBatch;
+use arrow_pyarrow::PyArrowType;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use pyo3_arrow::PyRecordBatch;
 
 use crate::error::to_python;
 use crate::frame::Framer;
@@ -46,15 +47,20 @@ impl Source {
         }
     }
 
-    fn survey(&self, py: Python<'_>, table_json: &str, batch: PyRecordBatch, first_row: usize) -> PyResult<()> {
+    fn survey(
+        &self,
+        py: Python<'_>,
+        table_json: &str,
+        batch: PyArrowType<RecordBatch>,
+        first_row: usize,
+    ) -> PyResult<()> {
         py.detach(|| {
             let mut stage = self.locked();
             let Stage::Surveyed(survey) = &mut *stage else {
                 return Err(Error::Input("this source is settled; its survey is over".to_owned()));
             };
-            let batch = batch.into_inner();
             let mut scratch = Vec::new();
-            survey.add(&Table::from_json(table_json)?, first_row, &json_rows(&batch, &mut scratch)?);
+            survey.add(&Table::from_json(table_json)?, first_row, &json_rows(&batch.0, &mut scratch)?);
             Ok(())
         })
         .map_err(to_python)
@@ -121,15 +127,14 @@ impl PackWriter {
         py: Python<'py>,
         source: &Source,
         table_json: &str,
-        batch: PyRecordBatch,
+        batch: PyArrowType<RecordBatch>,
         first_row: usize,
     ) -> PyResult<Bound<'py, PyDict>> {
         let progress = py
             .detach(|| {
                 let (source, table) = (source.settled()?, Table::from_json(table_json)?);
-                let batch = batch.into_inner();
                 let mut scratch = Vec::new();
-                let rows = json_rows(&batch, &mut scratch)?;
+                let rows = json_rows(&batch.0, &mut scratch)?;
                 self.locked(|writer| writer.add(&self.framer, &source, &table, first_row, &rows).cloned())
             })
             .map_err(to_python)?;
