@@ -1,15 +1,14 @@
 """Opening a packed set of a million datapoints, the memory that packing takes, and rows at random.
 
 The peer `reference` keeps its data as the published code does: a list of dicts of pydantic objects in a file of torch's,
-rebuilt into objects at every start; `pickle` is the same as dataclasses in a plain pickle. Both hold 50,000 datapoints, ours
-a million: the ratios are of whole files, not per datapoint. Every datapoint of the peers equals ours before the clock starts.
+rebuilt into objects at every start. It holds 50,000 datapoints, ours a million: the ratios are of whole files, not per
+datapoint. Every datapoint of the reference equals ours before the clock starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     args.examples = args.examples or (20_000 if args.quick else 1_000_000)
     if args.child:
-        children = {"pack": pack_ours, "open": open_ours, "reference": load_reference, "pickle": load_pickle}
+        children = {"pack": pack_ours, "open": open_ours, "reference": load_reference}
         print(json.dumps(children[args.child](args)))
         return
     with tempfile.TemporaryDirectory(dir=corpus.cache_folder(), prefix=".open-") as folder:
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Pack a tenth and the whole, then open the whole and the peers' files."""
+    """Pack a tenth and the whole, then open the whole and the reference's file."""
     corpus.model("qwen")
     packs = {}
     for examples in (args.examples // 10, args.examples):
@@ -49,7 +48,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         packs[examples] = measure.child(__file__, "--child", "pack", *options)
     small, large = packs.values()
     packed = folder / f"packed-{args.examples}"
-    held = write_peers(packed, folder, 2_000 if args.quick else 50_000)
+    held = write_reference(packed, folder, 2_000 if args.quick else 50_000)
 
     def opened(which: str, repeats: int) -> dict[str, Any]:
         runs = [
@@ -59,12 +58,12 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
     mine = opened("open", 2 if args.quick else 7)
-    peers = {name: opened(name, 1 if args.quick else 2) for name in ("reference", "pickle")}
-    about = f"{large['examples']} datapoints; the peers hold {held}; medians over fresh processes, files cached"
+    reference = opened("reference", 1 if args.quick else 2)
+    about = f"{large['examples']} datapoints; the reference holds {held}; medians over fresh processes, files cached"
 
     def row(what: str, unit: str, name: str, scale: float, note: str = "") -> dict[str, Any]:
-        others = {peer: scale * each[name] for peer, each in peers.items()}
-        return measure.row(f"pack/{what}", unit, scale * mine[name], peers=others, more_is_better=False, note=note)
+        peers = {"reference": scale * reference[name]}
+        return measure.row(f"pack/{what}", unit, scale * mine[name], peers=peers, more_is_better=False, note=note)
 
     return [
         row("open", "ms", "seconds", 1e3, about),
@@ -99,16 +98,9 @@ def load_reference(args: argparse.Namespace) -> dict[str, float]:
     model = pydantic_model()
 
     def load() -> list[Any]:
-        return [model.model_validate(each) for each in torch.load(args.out / "reference.pt")["data"]]
+        return [model.model_validate(each) for each in torch.load(args.out / "reference.pt", weights_only=True)["data"]]
 
     return loaded(load)
-
-
-def load_pickle(args: argparse.Namespace) -> dict[str, float]:
-    """The same as plain objects."""
-    import reference  # noqa: F401 - the classes of what is loaded
-
-    return loaded(lambda: pickle.loads((args.out / "datapoints.pickle").read_bytes()))  # noqa: S301
 
 
 def loaded(load: Any, lengths: Any = lambda data: [len(row.input_ids) for row in data]) -> dict[str, float]:
@@ -138,7 +130,7 @@ def row_seconds(data: Any) -> float:
     return statistics.median(times)
 
 
-# --- The peers' files ------------------------------------------------------------------------------------------------
+# --- The reference's file ---------------------------------------------------------------------------------------------
 
 
 def pydantic_model() -> Any:
@@ -151,8 +143,8 @@ def pydantic_model() -> Any:
     return create_model("Datapoint", **types, answer_start=(int, ...), meta=(dict[str, Any], ...))
 
 
-def write_peers(packed: Path, folder: Path, count: int) -> int:
-    """Write `count` datapoints, evenly drawn from ours, in the peers' formats; they are read back and compared."""
+def write_reference(packed: Path, folder: Path, count: int) -> int:
+    """Write `count` datapoints, evenly drawn from ours, as the reference keeps them; they are read back and compared."""
     import reference
     import torch
 
@@ -167,9 +159,7 @@ def write_peers(packed: Path, folder: Path, count: int) -> int:
     ]
     model = pydantic_model()
     torch.save({"data": [model(**row).model_dump() for row in plain]}, folder / "reference.pt")
-    with (folder / "datapoints.pickle").open("wb") as file:
-        pickle.dump([reference.Datapoint(**row) for row in plain], file)
-    if torch.load(folder / "reference.pt")["data"] != plain:
+    if torch.load(folder / "reference.pt", weights_only=True)["data"] != plain:
         raise SystemExit("the reference's file does not hold our datapoints")
     return len(plain)
 

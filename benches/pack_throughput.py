@@ -1,7 +1,8 @@
 """End to end: files in, shards on disk, on a mixture like the paper's with a vocabulary of 128,000.
 
 An example is one datapoint on every side: one oracle prompt with its answer, one layer, its placeholders aligned. The peer
-`reference` is tests/reference.py: transformers, one object per example, pickled. The peer `library` is benches/library.py.
+`reference` is tests/reference.py: transformers, one object per example, written as lines of JSON. The peer `library` is
+benches/library.py.
 Before anything is timed, every datapoint of the reference's sample and all ids of the library's are compared with ours.
 """
 
@@ -11,11 +12,10 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -75,7 +75,7 @@ def pack_ours(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_reference(args: argparse.Namespace) -> dict[str, Any]:
-    """Build the reference's sample, an object per example, and pickle it."""
+    """Build the reference's sample, an object per example, and write it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it encodes one text at a time
     import reference
 
@@ -91,8 +91,7 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
                 datapoints += made.build(reference.Settings(**LAYERS), source, example)
             except reference.Dropped:
                 continue
-        with (args.out / "datapoints.pickle").open("wb") as file:
-            pickle.dump(datapoints, file)
+        write_lines(args.out / "datapoints.jsonl", map(vars, datapoints))
         return len(datapoints)
 
     count, figures = measure.timed(work)
@@ -164,7 +163,7 @@ class Comparison:
             "positions, question and answer ready made and finds no read spans; without contexts it does nothing for "
             "them, with contexts it tokenizes each text once. Templates are shaped like the models' own",
             "cpu": "user and system, all threads",
-            "disk": "ours and the reference's pickle hold contexts and texts; the library's files ids, labels, positions",
+            "disk": "ours and the reference's lines hold contexts and texts; the library's files ids, labels, positions",
         }
 
         def row(what: str, unit: str, of: Any, *, more_is_better: bool = False) -> dict[str, Any]:
@@ -206,12 +205,13 @@ class Comparison:
             sources.append(datapoint.source)
 
         self.run("reference")
-        expected = {each.id: each for each in pickle.loads((self.folder / "again/datapoints.pickle").read_bytes())}  # noqa: S301
+        lines = (self.folder / "again/datapoints.jsonl").read_text().splitlines()
+        expected = {each["id"]: each for each in map(json.loads, lines)}
         for _, example in expanded(heads(self.args.examples, self.limits["reference"])):
             if (example.id in where) != (example.id in expected):
                 raise SystemExit(f"{example.id}: only one of ours and the reference keeps it")
         for name, wanted in expected.items():
-            for field, value in asdict(wanted).items():
+            for field, value in wanted.items():
                 found = getattr(packed[where[name]], field)
                 if (found.tolist() if isinstance(found, np.ndarray) else found) != value:
                     raise SystemExit(f"{name}: {field} is not the reference's")

@@ -257,7 +257,10 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         _fail(error, 3, as_json)
     except KeyboardInterrupt:
         _fail(KeyboardInterrupt("interrupted"), 130, as_json)
-    except Exception as error:  # noqa: BLE001 - a crash keeps its traceback, but must not exit with 1, which is a verdict
+    except SystemExit:
+        raise
+    # A crash, a panic in Rust among them, keeps its traceback, but must not exit with 1, which is a verdict.
+    except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         _fail(error, 3, as_json)
     else:

@@ -77,12 +77,12 @@ def pack(
     settings, oracle_framer = _settings(recipe.model, recipe.data, found, root)
     manifest = _require_free(out, settings)
     if resume and manifest is not None and canonical_json(manifest.get("inputs")) == canonical_json(settings["inputs"]):
-        return _summary(manifest, out, oracle_framer, seconds=time.perf_counter() - started)
+        return _summary(manifest, out, oracle_framer, way="was there", seconds=time.perf_counter() - started)
     partial = _partial(out)
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     is_new, writer = not partial.exists(), None
-    before = set(partial.glob(SHARDS))
+    before = _shards(partial, part)
     try:
         writer = PackWriter(
             str(partial), oracle_framer, canonical_json(settings), part=part, resume=resume, max_errors=max_errors
@@ -102,9 +102,8 @@ def pack(
         # No other frame knows the writer, so this ends its threads and frees its lock.
         writer = None
         if isinstance(error, _ChangedError):
-            for shard in set(partial.glob(SHARDS)) - before:
-                if int(shard.stem.rpartition("-")[2]) % part[1] == part[0]:
-                    shard.unlink()
+            for shard in _shards(partial, part) - before:
+                shard.unlink()
         _leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
         raise
     now = time.perf_counter()
@@ -112,7 +111,7 @@ def pack(
     if part[1] > 1:
         return _part_summary(partial, part, done, oracle_framer, **seconds)
     _replace(partial, out)
-    return _summary(manifest, out, oracle_framer, done=done, **seconds)
+    return _summary(manifest, out, oracle_framer, way="packed", done=done, **seconds)
 
 
 def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
@@ -135,9 +134,8 @@ def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
         raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
     manifest = json.loads(merge_parts(str(partial)))
     _replace(partial, out)
-    return _summary(
-        manifest, out, framer(recipe.model.name, recipe.model.revision), seconds=time.perf_counter() - started
-    )
+    oracle_framer = framer(recipe.model.name, recipe.model.revision)
+    return _summary(manifest, out, oracle_framer, way="merged", seconds=time.perf_counter() - started)
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -350,9 +348,15 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def _shards(partial: Path, part: tuple[int, int] = WHOLE) -> set[Path]:
+    """The finished shards of a part."""
+    index, num_parts = part
+    return {shard for shard in partial.glob(SHARDS) if int(shard.stem.rpartition("-")[2]) % num_parts == index}
+
+
 def _leave(partial: Path, *, keep: bool, clear: bool) -> None:
     """Of a build that stopped, keep the finished shards and say so; where there are none, leave nothing."""
-    num_shards = len(list(partial.glob(SHARDS))) if partial.is_dir() else 0
+    num_shards = len(_shards(partial))
     if num_shards and keep:
         log.warning("%s keeps %d finished shards; --resume goes on with them", partial, num_shards)
     elif clear:
@@ -403,16 +407,18 @@ def _summary(
     out: Path,
     oracle_framer: Framer,
     *,
+    way: str,
     seconds: float,
     packing_seconds: float | None = None,
     done: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "out": str(out),
+        "way": way,
         "shards": len(manifest["shards"]),
         **summarized(manifest),
         "messages": list(done["messages"]) if done is not None else [],
-        "engine": _engine(oracle_framer),
+        "engine": oracle_framer.engine,
         **_speed(done, seconds, packing_seconds),
     }
 
@@ -423,16 +429,13 @@ def _part_summary(
     names = ("offered", "examples", "datapoints", "input_tokens", "drops", "errors", "messages")
     return {
         "out": str(partial),
+        "way": "packed",
         "part": f"{part[0]}/{part[1]}",
-        "shards": len(list(partial.glob(SHARDS))),
+        "shards": len(_shards(partial, part)),
         **{name: done[name] for name in names},
-        "engine": _engine(oracle_framer),
+        "engine": oracle_framer.engine,
         **_speed(done, **seconds),
     }
-
-
-def _engine(oracle_framer: Framer) -> str:
-    return str(getattr(oracle_framer, "engine", ""))
 
 
 def _speed(done: Mapping[str, Any] | None, seconds: float, packing_seconds: float | None = None) -> dict[str, Any]:
@@ -443,7 +446,7 @@ def _speed(done: Mapping[str, Any] | None, seconds: float, packing_seconds: floa
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
-    speed = f"{summary['examples_per_second']:,.0f} examples/s" if summary["examples_per_second"] else "was there"
+    speed = f"{summary['examples_per_second']:,.0f} examples/s" if summary["way"] == "packed" else summary["way"]
     part = f" part {summary['part']}:" if summary.get("part") else ""
     return (
         f"{summary['out']}:{part} {summary['examples']:,} examples of {summary['offered']:,}, "

@@ -85,7 +85,7 @@ SPELLINGS: dict[str, dict[str, pa.DataType]] = {
 def test_columns_mean_what_the_same_lines_mean(tmp_path: Path, model: str, spelling: str) -> None:
     """Lists, structs, nulls and every spelling of text, in a table that is not JSON."""
     given: list[dict[str, Any]] = [
-        {"id": "a \"b\" \n \x1f", "context": [USER, REPLY], "read": [{"message": 1}], "positions": [0, -1]},
+        {"id": 'a "b" \n \x1f', "context": [USER, REPLY], "read": [{"message": 1}], "positions": [0, -1]},
         {"id": "c", "context": [SYSTEM, USER], "layers": [0.5, 0.75], "meta": {"x": 0.25, "y": None}},
         {"id": "d", "context": [USER], "read": [{"message": 0, "start": 4, "end": 8}, {"message": 0, "onwards": True}]},
     ]

@@ -1,5 +1,6 @@
 //! From the units of one shard to its datapoints, in parallel and in order.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -9,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::frame::{FramedContext, Framer};
 use crate::lens;
 use crate::sample::Draws;
-use crate::source::{About, Asked, Body, Unit};
+use crate::source::{About, Asked, Body, Source, Unit};
 use crate::stats::Stats;
 
 /// How often another context is drawn for an unanswerable example before it stays as it is.
@@ -21,7 +22,8 @@ pub(crate) type Outcomes = Vec<Vec<Outcome>>;
 /// Build all examples of `units`, which are those of one shard, on all threads.
 pub(crate) fn build(framer: &Framer, common: &Common, units: &[Unit]) -> Outcomes {
     let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
-    runs.par_iter().map(|run| Run { framer, common, all: units }.outcomes(run)).collect()
+    let donors = Donors::of(units);
+    runs.par_iter().map(|run| Run { framer, common, donors: &donors }.outcomes(run)).collect()
 }
 
 /// The errors among outcomes.
@@ -67,11 +69,11 @@ fn same_context(one: &Unit, next: &Unit) -> bool {
     }
 }
 
-/// What building a run of units needs: the framer, the settings, and the shard's other units.
+/// What building a run of units needs: the framer, the settings, and the contexts of the shard's other units.
 struct Run<'a> {
     framer: &'a Framer,
     common: &'a Common,
-    all: &'a [Unit],
+    donors: &'a Donors<'a>,
 }
 
 impl Run<'_> {
@@ -156,15 +158,7 @@ impl Run<'_> {
         if draws.unit() >= unanswerable.share {
             return None;
         }
-        let of_source: Vec<&Asked> = self
-            .all
-            .iter()
-            .filter(|other| Arc::ptr_eq(&other.source, &unit.source))
-            .filter_map(|other| match &other.body {
-                Body::Context(asked) => Some(&**asked),
-                _ => None,
-            })
-            .collect();
+        let of_source = self.donors.of_source(&unit.source);
         let is_other = |other: &Asked| match (&asked.label, &other.label) {
             (Some(own), Some(label)) => own != label,
             _ => asked.context != other.context,
@@ -173,6 +167,26 @@ impl Run<'_> {
             .map(|_| of_source[draws.below(of_source.len() as u64) as usize])
             .find(|other| is_other(other))
             .map(|other| (other, unanswerable.answer.clone()))
+    }
+}
+
+/// The contexts that an unanswerable example can be given, by the address of their source.
+struct Donors<'a>(HashMap<usize, Vec<&'a Asked>>);
+
+impl<'a> Donors<'a> {
+    /// Those of `units`, of sources that have unanswerable examples.
+    fn of(units: &'a [Unit]) -> Self {
+        let mut by_source: HashMap<_, Vec<_>> = HashMap::new();
+        for unit in units.iter().filter(|unit| unit.source.unanswerable.is_some()) {
+            if let Body::Context(asked) = &unit.body {
+                by_source.entry(Arc::as_ptr(&unit.source).addr()).or_default().push(&**asked);
+            }
+        }
+        Self(by_source)
+    }
+
+    fn of_source(&self, source: &Arc<Source>) -> &[&'a Asked] {
+        self.0.get(&Arc::as_ptr(source).addr()).map_or(&[], Vec::as_slice)
     }
 }
 

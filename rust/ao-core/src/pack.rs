@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use rayon::prelude::*;
@@ -114,7 +115,7 @@ impl PackWriter {
     pub fn add(
         &mut self,
         framer: &Framer,
-        source: &std::sync::Arc<Source>,
+        source: &Arc<Source>,
         table: &Table,
         first: usize,
         rows: &[&[u8]],
