@@ -672,6 +672,16 @@ def test_a_plan_is_shown(packed: Path, tmp_path: Path) -> None:
         inspect(tmp_path / "epoch.plan", rows=[0])
 
 
+def test_one_thing_is_shown_at_a_time(packed: Path, tmp_path: Path) -> None:
+    for asked in (
+        {"rows": [0], "check": True},
+        {"ids": ["x"], "plot": tmp_path / "x.png"},
+        {"check": True, "plot": Path("x")},
+    ):
+        with pytest.raises(ValueError, match="one at a time"):
+            inspect(packed, **asked)
+
+
 def test_other_folders_and_files_are_named(tmp_path: Path, packed: Path, monkeypatch) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text('{"r": 16, "base_model_name_or_path": "demo"}')

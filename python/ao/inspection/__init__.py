@@ -52,7 +52,8 @@ def inspect(
     Raises:
         FileNotFoundError: there is nothing, or `model` is not there.
         IndexError: there is no such row.
-        ValueError: it is nothing of ao's, has no rows to show, or `model` has another tokenizer.
+        ValueError: it is nothing of ao's, has no rows to show, more than one thing is asked for, or `model` has another
+            tokenizer.
     """
     found = find(Path(path))
     with _all_keys(found.path):
@@ -88,6 +89,8 @@ def _inspected(
                 f"{found.path}: {found.what}, without datapoints; --row, --id, --verify and --plot are for packed data sets"
             )
         return {**result, **found.content}
+    if sum((bool(rows or ids), check, plot is not None)) > 1:
+        raise ValueError("datapoints (--row, --id), --verify and --plot are shown one at a time; give one of them")
     if check:
         return {**result, **_verified(found, model, progress=progress)}
     if rows or ids:
