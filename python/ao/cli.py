@@ -46,10 +46,11 @@ class Pack:
     """i/n: build only every n-th shard from the i-th on, i from 0, for n processes or machines that write into one folder;
     --merge joins them."""
     merge: bool = False
-    """Prove that the parts in OUT.partial are all there, whole and of one build, and make them OUT."""
+    """Prove that the parts in OUT.partial are all there, whole and of one build, that of this recipe and its flags, and
+    make them OUT."""
     resume: bool = False
     """Go on with a build, or a part, that was stopped: shards that are finished are checked and kept. Nothing is done
-    where OUT is whole already."""
+    where OUT is whole already; if a file of it is missing or has another size, it is built anew."""
     max_errors: int = 0
     """Pass over this many bad examples, counted by reason, before stopping; each part counts its own."""
     json: bool = False
@@ -318,6 +319,12 @@ def _pack(command: Pack) -> dict[str, Any]:
 
     recipe = _recipe(command)
     if command.merge:
+        building = ("part", "resume", "max_errors")
+        if given := [name for name in building if getattr(command, name) != getattr(Pack, name)]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(
+                f"--merge with {flags}: a merge builds nothing; give {flags} to the parts, then merge alone"
+            )
         summary = merge(recipe, out=command.out)
     else:
         summary = pack(

@@ -22,6 +22,7 @@ from ao._ao import merge as merge_parts
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, source_counts, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder
 from ao.prompt import framer, identity, resolve_layer
+from ao.shards import PackedDataset
 from ao.summary import reasons, summarized, summary_lines
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def pack(
         root: Folder that relative source paths are taken from.
         out: Folder of the data set; `data.out` if left out. One that an equal recipe built is built anew.
         part: (i, n): build every n-th shard from the i-th on; `merge` joins the parts.
-        resume: Go on with the shards of an unfinished build, and do nothing where `out` is whole already.
+        resume: Go on with the shards of an unfinished build, and do nothing where `out` is whole already: its manifest is
+            that of this build, and every shard is there with its size. A damaged one is built anew.
         restart: Remove an unfinished build first, and leave none.
         max_errors: How many bad examples are passed over and counted before the build stops.
         progress: Show a progress bar on stderr.
@@ -70,13 +72,16 @@ def pack(
     """
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
+    if max_errors < 0:
+        raise ValueError(f"max_errors must not be negative, got {max_errors}; 0 stops at the first bad example")
     if not recipe.data.sources:
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
     found = _sources(recipe.data, root)
     stamps = _stamps(found, root)
-    settings, oracle_framer = _settings(recipe.model, recipe.data, found, root)
+    settings, oracle_framer = _settings(recipe.model, recipe.data)
+    settings = build_settings(**settings, inputs=_inputs(found, root))
     manifest = _require_free(out, settings)
-    if resume and manifest is not None and canonical_json(manifest.get("inputs")) == canonical_json(settings["inputs"]):
+    if resume and manifest is not None and _is_whole(out, manifest, settings):
         return _summary(manifest, out, oracle_framer, way="was there", seconds=time.perf_counter() - started)
     partial = _partial(out)
     if restart:
@@ -121,20 +126,20 @@ def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
         The summary, as `pack` gives it.
 
     Raises:
-        FileExistsError: `out` holds something else.
-        FileNotFoundError: there are no parts.
-        ValueError: a part or shard is missing, was changed, or belongs to another build.
+        FileExistsError: `out` holds something else; nothing is touched.
+        FileNotFoundError: there are no parts, or the model is missing.
+        ValueError: a part or shard is missing, was changed, or belongs to another build or another recipe.
     """
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
     partial = _partial(out)
     if not partial.is_dir():
         raise FileNotFoundError(f"{partial} does not exist; build its parts first with --part i/n")
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
+    settings, oracle_framer = _settings(recipe.model, recipe.data)
+    _require_free(out, settings)
+    _require_parts_of(settings, partial)
     manifest = json.loads(merge_parts(str(partial)))
     _replace(partial, out)
-    oracle_framer = framer(recipe.model.name, recipe.model.revision)
     return _summary(manifest, out, oracle_framer, way="merged", seconds=time.perf_counter() - started)
 
 
@@ -167,7 +172,8 @@ def _sources(data: DataConfig, root: Path) -> list[_Found]:
     return found
 
 
-def _settings(model: ModelConfig, data: DataConfig, found: list[_Found], root: Path) -> tuple[dict[str, Any], Framer]:
+def _settings(model: ModelConfig, data: DataConfig) -> tuple[dict[str, Any], Framer]:
+    """The recipe as a manifest records it, `config`, `oracle` and `targets`, which takes none of the sources' files."""
     oracle_framer = framer(model.name, model.revision)
     oracle = identity(model.name, model.revision, framer=oracle_framer)
     target = oracle
@@ -179,8 +185,7 @@ def _settings(model: ModelConfig, data: DataConfig, found: list[_Found], root: P
                     f"target {model.target!r} has another {name} than {model.name!r} ({target[name]}, {oracle[name]}); "
                     "contexts are packed with the oracle's, so both must be of one family"
                 )
-    settings = build_settings(_recorded(data), oracle=oracle, targets={"base": target}, inputs=_inputs(found, root))
-    return settings, oracle_framer
+    return {"config": _recorded(data), "oracle": oracle, "targets": {"base": target}}, oracle_framer
 
 
 def _inputs(found: list[_Found], root: Path) -> list[dict[str, Any]]:
@@ -363,7 +368,7 @@ def _leave(partial: Path, *, keep: bool, clear: bool) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_free(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _require_free(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of a finished build of the same recipe in `out`, if there is one.
 
     Raises:
@@ -376,16 +381,42 @@ def _require_free(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             return None
         raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
     manifest = read_manifest(out / "manifest.json")
+    if difference := _difference(manifest, settings):
+        raise FileExistsError(f"{out} holds a data set with {difference}; choose another --out or remove it")
+    return manifest
+
+
+def _is_whole(out: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do in `out`, which holds a data set of the same recipe."""
+    if canonical_json(manifest.get("inputs")) != canonical_json(settings["inputs"]):
+        return False
+    try:
+        PackedDataset.open(out)
+    except (FileNotFoundError, ValueError) as error:
+        log.warning("%s; --resume does so now", error)
+        return False
+    return True
+
+
+def _require_parts_of(settings: Mapping[str, Any], partial: Path) -> None:
+    """Refuse parts of another recipe; a merge that was stopped may have left a manifest in their place."""
+    for file in sorted(partial.glob("*.json")):
+        described = read_manifest(file)
+        if difference := _difference(described.get("identity", described), settings):
+            raise ValueError(
+                f"{file} is of a build with {difference}; merge with the recipe and flags that the parts were built with"
+            )
+
+
+def _difference(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """What differs between what a manifest, or a part's identity, records and the settings of a build."""
     for name in ("config", "oracle", "targets"):
-        old, new = manifest.get(name), settings[name]
+        old, new = found.get(name), settings[name]
         if canonical_json(old) != canonical_json(new):
             old = old if isinstance(old, dict) else {}
             keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-            raise FileExistsError(
-                f"{out} holds a data set with another {name} (differs in {', '.join(keys)}); "
-                "choose another --out or remove it"
-            )
-    return manifest
+            return f"another {name} (differs in {', '.join(keys)})"
+    return None
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -421,3 +421,44 @@ def test_a_folder_that_is_no_adapter_is_not_written_into(run, project, packed, t
     args = ["train", project / "recipe.toml", "--data", packed, "--out", tmp_path]
     refused(run, args, 2, "holds files that are no adapter; choose another --out")
     assert files(tmp_path) == {"notes.txt"}
+
+
+# --- packing: what is there already, and what does not fit together --------------------------------------------------
+
+
+def test_a_merge_takes_only_parts_of_its_own_recipe(run, project, tmp_path):
+    """Its flags decide what it is: other settings, or another data set in OUT, are refused before anything is touched."""
+    args = [project / "recipe.toml", "--out", tmp_path / "out"]
+    for part in ("0/2", "1/2"):
+        assert run(*args, "--part", part, entry=pack_main)[0] == 0
+    before = files(tmp_path)
+    other = [*args, "--data.seed", 99, "--merge"]
+    refused(run, other, 2, "part-0-of-2.json", "another config (differs in seed)", "merge with", entry=pack_main)
+    for flags in (["--part", "1/2"], ["--resume"], ["--max-errors", 4]):
+        refused(run, [*args, "--merge", *flags], 2, f"--merge with {flags[0]}: a merge builds nothing", entry=pack_main)
+    assert files(tmp_path) == before
+    assert run(project / "recipe.toml", "--out", tmp_path / "kept", "--data.seed", 5, entry=pack_main)[0] == 0
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "kept.partial")
+    args = [project / "recipe.toml", "--out", tmp_path / "kept", "--merge"]
+    refused(run, args, 2, "holds a data set with another config (differs in seed)", entry=pack_main)
+    assert PackedDataset.open(tmp_path / "kept").manifest["config"]["seed"] == 5
+
+
+def test_resume_looks_at_what_is_there(run, project, packed, tmp_path):
+    """A whole data set is left alone; one that lacks a shard, or has half of one, is built anew."""
+    out = Path(shutil.copytree(packed, tmp_path / "packed"))
+    args = (project / "recipe.toml", "--out", out, "--resume", "--json")
+    assert one_object(run(*args, entry=pack_main)[1])["way"] == "was there"
+    shard = next(out.glob("shard-*"))
+    whole = shard.read_bytes()
+    for spoil in (shard.unlink, lambda: shard.write_bytes(whole[:-8])):
+        spoil()
+        code, printed, _ = run(*args, entry=pack_main)
+        assert (code, one_object(printed)["way"]) == (0, "packed")
+        assert shard.read_bytes() == whole
+
+
+def test_errors_cannot_be_fewer_than_none(run, project, tmp_path):
+    args = [project / "recipe.toml", "--out", tmp_path / "out", "--max-errors", -1]
+    refused(run, args, 2, "max_errors must not be negative, got -1", entry=pack_main)
+    assert not files(tmp_path)
