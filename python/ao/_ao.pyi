@@ -249,3 +249,82 @@ def plan(lengths: Buffer, context_lengths: Buffer, groups: Buffer, settings_json
     Raises:
         AoError: A setting cannot be used, or a datapoint exceeds a row and may not stand alone.
     """
+
+@final
+class ActivationWriter:
+    """Writes one unit of an activation cache: a file of rows for each layer, and last the index.
+
+    Rows are copied into aligned buffers, which a thread writes past the page cache. A writer that is dropped or abandoned
+    leaves nothing.
+
+    Args:
+        folder: The cache; made if it is not there.
+        run: Digest of what is collected; units of one run belong together.
+        unit: Number of the unit in its run.
+        contract_json: What the rows are, a JSON object.
+        dtype: BF16, F16 or F32.
+        width: Values of a row.
+        layers: Layers that rows may come from.
+
+    Raises:
+        AoError: The contract is longer than a header, or a setting is out of range.
+        OSError: The folder cannot be made.
+    """
+
+    def __new__(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        run: str,
+        unit: int,
+        contract_json: str,
+        dtype: str,
+        width: int,
+        layers: Sequence[int],
+    ) -> ActivationWriter: ...
+    @property
+    def rows(self) -> dict[int, int]:
+        """Rows of each layer so far."""
+    def append(self, layer: int, keys: Buffer, norms: Buffer, rows: Buffer) -> None:
+        """Append K rows: keys uint64 [K, 2], norms float32 [K], rows [K, width], all contiguous."""
+    def finish(self) -> str:
+        """Give the files their names, write the index and return its name."""
+    def abandon(self) -> None:
+        """Remove what was written."""
+
+@final
+class ActivationReader:
+    """Reads rows of one layer at random from several files: places sorted, neighbours read together.
+
+    Args:
+        paths: Files of rows.
+        dtype: BF16, F16 or F32.
+        width: Values of a row.
+
+    Raises:
+        AoError: A file is no whole number of rows.
+        FileNotFoundError: One is missing.
+    """
+
+    def __new__(cls, paths: Sequence[str | PathLike[str]], *, dtype: str, width: int) -> ActivationReader: ...
+    def gather(self, files: Buffer, rows: Buffer, out: Buffer, *, mode: str = "auto") -> None:
+        """Read row `rows[k]` of file `files[k]` (both uint32 [K]) into the k-th of K rows in `out`.
+
+        `mode`: auto, warm, hinted or direct; see `ao.cache.MODES`.
+        """
+    def prefetch(self, files: Buffer, rows: Buffer) -> None:
+        """Tell the system that these rows are wanted soon."""
+
+def context_keys(ids: Buffer) -> bytes:
+    """For each of int32 [n] ids the key of its position, uint64 [n, 2]: upper and lower half of a chained xxh3-128."""
+
+def activation_index(path: str | PathLike[str]) -> tuple[str, list[tuple[str, str, tuple[int, ...], int]]]:
+    """What a unit's index says of it, as canonical JSON, and name, type, shape and byte offset of its arrays."""
+
+def verify_activations(index: str | PathLike[str]) -> None:
+    """Check every byte of a unit against its index.
+
+    Raises:
+        AoError: A file is cut, has grown, or holds other bytes than were written; names file and rows.
+        FileNotFoundError: A file is missing.
+    """

@@ -6,7 +6,7 @@ Shapes: T tokens of a row, D d_model, P values wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -80,6 +80,65 @@ def residuals(model: PreTrainedModel, arch: Arch, batch: Batch, layers: Sequence
     return captured
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Residuals wanted of some contexts; three parallel arrays [P]."""
+
+    contexts: np.ndarray
+    """Which context, an index."""
+    layers: np.ndarray
+    """Which layer."""
+    positions: np.ndarray
+    """Which token, an index into the context."""
+
+
+def collected(
+    model: PreTrainedModel,
+    arch: Arch,
+    contexts: Sequence[np.ndarray],
+    wanted: Wanted,
+    *,
+    tokens_per_row: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
+    """Run each context once, in rows of a token budget, and give what is wanted of each row at once.
+
+    Must run inside `as_target`, or `as_oracle` where the target is a base with an adapter.
+
+    Args:
+        model: the target.
+        arch: its parts.
+        contexts: token ids, each [length]; one of which nothing is wanted is not run.
+        wanted: what is wanted of them.
+        tokens_per_row: token budget of one forward.
+        progress: told the context tokens of each finished row.
+
+    Yields:
+        A layer, the indices [K] into `wanted` of what was read there, by context and position, and the residuals [K, D].
+    """
+    device = next(model.parameters()).device
+    # Rows are given context by context, so that what is read together later lies together.
+    by_context = np.lexsort((wanted.positions, wanted.contexts))
+    bounds = np.searchsorted(wanted.contexts[by_context], np.arange(len(contexts) + 1))
+    asked = np.flatnonzero(np.diff(bounds))
+    start_of = np.zeros(len(contexts), dtype=np.int64)
+    with layout(model, arch):
+        for chosen in rows_of(
+            [len(contexts[index]) for index in asked], tokens_per_row=tokens_per_row, packed=arch.attention_only
+        ):
+            row = asked[chosen]
+            batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
+            indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
+            start_of[row] = batch.starts
+            captured = residuals(model, arch, batch, sorted(set(wanted.layers[indices].tolist())))
+            for layer in sorted(captured):
+                here = indices[wanted.layers[indices] == layer]
+                from_row = start_of[wanted.contexts[here]] + wanted.positions[here]
+                yield layer, here, captured[layer][torch.from_numpy(from_row).to(device)]
+            if progress is not None:
+                progress(sum(len(contexts[index]) for index in row))
+
+
 def read_vectors(
     model: PreTrainedModel,
     arch: Arch,
@@ -116,26 +175,16 @@ def read_vectors(
             raise ValueError(
                 f"read {index}: positions {read.positions.min()}..{read.positions.max()} of a context of {len(read.context_ids)} tokens"
             )
-    layers_P = np.concatenate([read.layers for read in reads])
-    positions_P = np.concatenate([read.positions for read in reads])
-    contexts_P = np.repeat(context_of_read, np.diff(offsets))
-    by_context = np.argsort(contexts_P, kind="stable")
-    bounds = np.searchsorted(contexts_P[by_context], np.arange(len(contexts) + 1))
-    with as_target(model), layout(model, arch):
-        for row in rows_of(
-            [len(context) for context in contexts], tokens_per_row=tokens_per_row, packed=arch.attention_only
+    wanted = Wanted(
+        contexts=np.repeat(context_of_read, np.diff(offsets)),
+        layers=np.concatenate([read.layers for read in reads]),
+        positions=np.concatenate([read.positions for read in reads]),
+    )
+    with as_target(model):
+        for _, here, resid_KD in collected(
+            model, arch, contexts, wanted, tokens_per_row=tokens_per_row, progress=progress
         ):
-            batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
-            wanted = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
-            start_of = np.zeros(len(contexts), dtype=np.int64)
-            start_of[row] = batch.starts
-            captured = residuals(model, arch, batch, sorted(set(layers_P[wanted].tolist())))
-            for layer, resid_TD in captured.items():
-                here = wanted[layers_P[wanted] == layer]
-                from_row = torch.from_numpy(start_of[contexts_P[here]] + positions_P[here]).to(device)
-                vectors_PD[torch.from_numpy(here).to(device)] = resid_TD[from_row]
-            if progress is not None:
-                progress(sum(len(contexts[index]) for index in row))
+            vectors_PD[torch.from_numpy(here).to(device)] = resid_KD
     check_vectors(vectors_PD, "activations of the target")
     return vectors_PD, offsets
 

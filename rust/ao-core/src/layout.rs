@@ -67,20 +67,24 @@ pub struct ArrayLayout {
 pub fn layout(path: &Path) -> Result<Vec<ArrayLayout>> {
     let mut shard = OpenShard::open(path)?;
     shard.check()?;
-    Ok(shard
-        .header
+    Ok(arrays(&shard.header, shard.data_start))
+}
+
+/// The arrays of a safetensors file in the order in which they lie.
+pub(crate) fn arrays(header: &Metadata, data_start: u64) -> Vec<ArrayLayout> {
+    header
         .offset_keys()
         .into_iter()
         .map(|name| {
-            let info = shard.header.info(&name).expect("the key comes from this header");
+            let info = header.info(&name).expect("the key comes from this header");
             ArrayLayout {
                 dtype: format!("{:?}", info.dtype),
                 shape: info.shape.clone(),
-                offset: shard.data_start + info.data_offsets.0 as u64,
+                offset: data_start + info.data_offsets.0 as u64,
                 name,
             }
         })
-        .collect())
+        .collect()
 }
 
 /// The canonical JSON under the metadata key.

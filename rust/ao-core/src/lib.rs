@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+pub mod activations;
 mod affine;
 mod align;
 mod build;

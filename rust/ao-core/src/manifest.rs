@@ -146,7 +146,7 @@ impl Drop for Sibling {
 
 /// Make a rename in the folder of `path` last.
 #[cfg(unix)]
-fn sync_folder(path: &Path) -> Result<()> {
+pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -155,6 +155,6 @@ fn sync_folder(path: &Path) -> Result<()> {
 }
 
 #[cfg(not(unix))]
-fn sync_folder(_path: &Path) -> Result<()> {
+pub(crate) fn sync_folder(_path: &Path) -> Result<()> {
     Ok(())
 }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "pyo3 hands the extracted arguments over")]
 
+mod activations;
+mod buffers;
 mod error;
 mod frame;
 mod pack;
@@ -18,6 +20,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Packing of activation-oracle training data.
 #[pymodule(gil_used = false)]
 mod _ao {
+    #[pymodule_export]
+    use super::activations::{
+        ActivationReader, ActivationWriter, activation_index, context_keys, verify_activations,
+    };
     #[pymodule_export]
     use super::error::AoError;
     #[pymodule_export]

@@ -9,12 +9,15 @@ use pyo3::types::PyTuple;
 use crate::error::to_python;
 
 /// One array of a shard: name, type, shape, byte offset from the start of the file.
-type Layout<'py> = (String, String, Bound<'py, PyTuple>, u64);
+pub(crate) type Layout<'py> = (String, String, Bound<'py, PyTuple>, u64);
 
 /// The arrays of a shard, after checking its whole structure.
 #[pyfunction]
 pub fn shard_layout(py: Python<'_>, path: PathBuf) -> PyResult<Vec<Layout<'_>>> {
-    let arrays = py.detach(|| layout::layout(&path)).map_err(to_python)?;
+    to_tuples(py, py.detach(|| layout::layout(&path)).map_err(to_python)?)
+}
+
+pub(crate) fn to_tuples(py: Python<'_>, arrays: Vec<layout::ArrayLayout>) -> PyResult<Vec<Layout<'_>>> {
     arrays
         .into_iter()
         .map(|array| Ok((array.name, array.dtype, PyTuple::new(py, array.shape)?, array.offset)))

@@ -1,0 +1,356 @@
+"""The activation cache, read by mapping: no copy, no torch.
+
+A cache is a folder of units. Each has, for every layer, one safetensors file with one tensor `activations` [rows, D], and
+an index that says under which key each row stands. A key is a hash of the token ids up to and including the row's own, so
+whatever was collected before is found again by any data set, seed or mixture. Only units with an index count.
+
+Shapes: K rows, D d_model.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ao import _ao
+from ao.manifest import canonical_json, read_manifest, require_match, write_atomic
+
+SCHEMA = 1
+"""Version of manifest, indexes and headers."""
+HEADER_BYTES = 4096
+"""Bytes of a file before its first row."""
+INDEX = "*.index.safetensors"
+"""The indexes of a folder."""
+MODES = ("auto", "warm", "hinted", "direct")
+"""How rows are gathered. warm: through the page cache; hinted: all announced to it first; direct: past it, several at once;
+auto: from the page cache what is there, directly what is not."""
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+"""Of the norms of a layer, in the manifest."""
+
+_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
+
+Mode = Literal["auto", "warm", "hinted", "direct"]
+
+
+def context_keys(context_ids: np.ndarray) -> np.ndarray:
+    """The key of each position of a context, uint64 [length, 2]: upper and lower half of an xxh3-128.
+
+    Source: the key of position p is the xxh3-128 of the key of p - 1 and the id at p, so that a context that begins
+    another has its keys.
+    """
+    ids = np.ascontiguousarray(context_ids, dtype=np.int32)
+    return np.frombuffer(_ao.context_keys(ids), dtype=np.uint64).reshape(-1, 2)
+
+
+class _Unit:
+    """One index, mapped when its keys are first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        about, self._layout = _ao.activation_index(path)
+        self.path = path
+        self.about: dict[str, Any] = json.loads(about)
+
+    @property
+    def rows(self) -> dict[int, int]:
+        return {int(layer): count for layer, count in self.about["rows"].items() if count}
+
+    def file(self, layer: int) -> Path:
+        return self.path.with_name(f"{self.about['run']}-{self.about['unit']:05d}-L{layer:03d}.safetensors")
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        with open(self.path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return {
+            name: np.frombuffer(mapping, _NUMPY[dtype], count=shape[0], offset=offset)
+            for name, dtype, shape, offset in self._layout
+            if shape[0]
+        }
+
+    def array(self, name: str, layer: int) -> np.ndarray:
+        return self._arrays[f"{name}.{layer}"]
+
+
+class CachedLayer:
+    """The rows of one layer, numbered over all units."""
+
+    def __init__(self, layer: int, units: Sequence[_Unit], *, dtype: str, width: int) -> None:
+        self.layer = layer
+        self.dtype = dtype
+        """BF16, F16 or F32."""
+        self.width = width
+        """Values of a row."""
+        self._units = [unit for unit in units if layer in unit.rows]
+        self._starts = np.cumsum([0, *(unit.rows[layer] for unit in self._units)])
+        self._views: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, which: int | slice) -> np.ndarray:
+        """A row [D], or rows [K, D] side by side in one unit, as a read-only view of the file; BF16 as its uint16 bits."""
+        if isinstance(which, slice):
+            start, stop, step = which.indices(len(self))
+            unit = self._unit(start) if start < len(self) else 0
+            first = int(self._starts[unit])
+            if step != 1 or (stop > start and stop > self._starts[unit + 1]):
+                raise IndexError(
+                    f"layer {self.layer}: rows {start}..{stop} in steps of {step} do not lie side by side in one file; "
+                    "use gather"
+                )
+            return self._view(unit)[start - first : max(start, stop) - first]
+        if not -len(self) <= which < len(self):
+            raise IndexError(f"layer {self.layer}: row {which} of {len(self)}")
+        which %= len(self)
+        unit = self._unit(which)
+        return self._view(unit)[which - int(self._starts[unit])]
+
+    def _unit(self, row: int) -> int:
+        return int(self._starts.searchsorted(row, side="right")) - 1
+
+    def _view(self, unit: int) -> np.ndarray:
+        if unit not in self._views:
+            path = self._units[unit].file(self.layer)
+            shape = (self._units[unit].rows[self.layer], self.width)
+            dtype = np.dtype(_NUMPY[self.dtype])
+            expected = HEADER_BYTES + shape[0] * self.width * dtype.itemsize
+            # A mapping beyond the end of a file kills the process that touches it.
+            if (size := path.stat().st_size) != expected:
+                raise ValueError(f"{path}: expected {expected} bytes, got {size}; the unit is damaged, collect it again")
+            with open(path, "rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            view = np.frombuffer(mapping, dtype, count=shape[0] * shape[1], offset=HEADER_BYTES)
+            self._views[unit] = view.reshape(shape)
+        return self._views[unit]
+
+    @cached_property
+    def _reader(self) -> _ao.ActivationReader:
+        return _ao.ActivationReader(
+            [unit.file(self.layer) for unit in self._units], dtype=self.dtype, width=self.width
+        )
+
+    @property
+    def norms(self) -> np.ndarray:
+        """Norm of each row, float32 [rows], as it was before rounding to the cache's type."""
+        return np.concatenate([np.empty(0, "<f4"), *(unit.array("norms", self.layer) for unit in self._units)])
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The row of each key, int64 [K]; -1 where there is none.
+
+        Args:
+            keys: uint64 [K, 2], as `context_keys` gives them.
+        """
+        found = np.full(len(keys), -1, dtype=np.int64)
+        for unit, start in zip(self._units, self._starts, strict=False):
+            missing = np.flatnonzero(found < 0)
+            if not len(missing):
+                break
+            hi, lo = (unit.array(name, self.layer) for name in ("keys_hi", "keys_lo"))
+            wanted = keys[missing]
+            at = hi.searchsorted(wanted[:, 0])
+            # Keys that agree in 64 bits are rarer than broken disks, and told apart all the same.
+            while len(at):
+                inside = at < len(hi)
+                inside[inside] = hi[at[inside]] == wanted[inside, 0]
+                missing, wanted, at = missing[inside], wanted[inside], at[inside]
+                is_it = lo[at] == wanted[:, 1]
+                found[missing[is_it]] = start + unit.array("rows", self.layer)[at[is_it]]
+                missing, wanted, at = missing[~is_it], wanted[~is_it], at[~is_it] + 1
+        return found
+
+    def gather(self, rows: np.ndarray, out: Any = None, *, mode: Mode = "auto") -> Any:
+        """Copy rows in any order; those that lie close are read together.
+
+        Args:
+            rows: numbers of rows, [K].
+            out: what to fill: an array or CPU tensor [K, D] of the cache's type (BF16: also uint16), pinned or not; a new
+                array without one.
+            mode: one of `MODES`.
+
+        Returns:
+            `out`.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: `out` has another size or type.
+        """
+        files, places = self._places(rows)
+        if out is None:
+            out = np.empty((len(rows), self.width), dtype=_NUMPY[self.dtype])
+        self._reader.gather(files, places, _as_array(out, self.dtype), mode=mode)
+        return out
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Have rows read into the page cache while something else is done."""
+        self._reader.prefetch(*self._places(rows))
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"layer {self.layer}: rows {rows.min()}..{rows.max()} of {len(self)}")
+        units = self._starts.searchsorted(rows, side="right") - 1
+        return units.astype(np.uint32), (rows - self._starts[units]).astype(np.uint32)
+
+
+def _as_array(out: Any, dtype: str) -> np.ndarray:
+    if not isinstance(out, np.ndarray):
+        import torch
+
+        expected = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+        if out.dtype != expected or out.device.type != "cpu":
+            raise ValueError(f"out: expected a CPU tensor of {expected}, got {out.dtype} on {out.device}")
+        return out.view(torch.int32 if dtype == "F32" else torch.int16).numpy()
+    if out.dtype != np.dtype(_NUMPY[dtype]):
+        raise ValueError(f"out: expected {np.dtype(_NUMPY[dtype])} for rows of {dtype}, got {out.dtype}")
+    return out
+
+
+class ActivationCache:
+    """A folder of units, as layers of rows."""
+
+    def __init__(self, folder: Path, units: Sequence[_Unit]) -> None:
+        self.folder = folder
+        self.units = units
+        first = units[0].about
+        self.contract: dict[str, Any] = first["contract"]
+        """What the rows are: model, weights, precision, what was read, the layers' convention."""
+        self.dtype: str = first["dtype"]
+        """BF16, F16 or F32."""
+        self.width: int = first["width"]
+        """d_model."""
+        for unit in units:
+            own = {name: unit.about[name] for name in ("contract", "dtype", "width")}
+            require_match(
+                f"{unit.path}: of the cache in {folder}",
+                expected={"contract": self.contract, "dtype": self.dtype, "width": self.width},
+                got=own,
+                remedy="give each target a cache of its own, and move this unit there",
+            )
+        self._layers: dict[int, CachedLayer] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, contract: Mapping[str, Any] | None = None) -> ActivationCache:
+        """Open what is there, also while more is being written: units that are finished by then.
+
+        Args:
+            path: The folder.
+            contract: Fields that the rows must have, as `ao.collect.contract_of` gives them, or some of them.
+
+        Raises:
+            FileNotFoundError: there is no finished unit.
+            ValueError: an index is damaged, units differ in what they hold, or the contract does not match.
+        """
+        folder = Path(path)
+        indexes = sorted(folder.glob(INDEX))
+        if not indexes:
+            raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
+        cache = cls(folder, [_Unit(index) for index in indexes])
+        if contract is not None:
+            require_match(
+                f"{folder}: collected from",
+                expected=cache.contract,
+                got=contract,
+                remedy="collect the other target's activations into another folder",
+            )
+        return cache
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers of which there are rows."""
+        return sorted({layer for unit in self.units for layer in unit.rows})
+
+    def layer(self, layer: int) -> CachedLayer:
+        """The rows of a layer; none where nothing was collected."""
+        if layer not in self._layers:
+            self._layers[layer] = CachedLayer(layer, self.units, dtype=self.dtype, width=self.width)
+        return self._layers[layer]
+
+    def vectors(self, context_ids: np.ndarray, layers: np.ndarray, positions: np.ndarray, *, mode: Mode = "auto") -> Any:
+        """Activations [K, D] of one context, one for each entry of the parallel `layers` and `positions`.
+
+        Raises:
+            KeyError: one was not collected.
+        """
+        keys = context_keys(context_ids)[positions]
+        out = np.empty((len(keys), self.width), dtype=_NUMPY[self.dtype])
+        for layer in np.unique(layers).tolist():
+            here = np.flatnonzero(layers == layer)
+            rows = self.layer(layer).find(keys[here])
+            if (rows < 0).any():
+                missing = positions[here[rows < 0]].tolist()
+                raise KeyError(f"{self.folder}: layer {layer}, positions {missing[:8]} were not collected")
+            out[here] = self.layer(layer).gather(rows, mode=mode)
+        return out
+
+    def statistics(self) -> dict[str, Any]:
+        """Of each layer: rows, and mean, quantiles and non-finite count of the norms."""
+        return {str(layer): norm_statistics(self.layer(layer).norms) for layer in self.layers}
+
+    def write_manifest(self) -> dict[str, Any]:
+        """Write `manifest.json` for the units that are there, and return it."""
+        manifest = {
+            "schema": SCHEMA,
+            "kind": "activations",
+            "contract": self.contract,
+            "dtype": self.dtype,
+            "width": self.width,
+            "layers": self.statistics(),
+            "units": [
+                {
+                    "index": unit.path.name,
+                    "bytes": unit.path.stat().st_size,
+                    "xxh3": _ao.input_digest(str(unit.path)),
+                    "rows": unit.about["rows"],
+                }
+                for unit in self.units
+            ],
+        }
+        write_atomic(self.folder / "manifest.json", canonical_json(manifest) + "\n")
+        return manifest
+
+
+def norm_statistics(norms: np.ndarray) -> dict[str, Any]:
+    """Rows, and of the finite norms mean and `QUANTILES`; how many are not finite."""
+    finite = norms[np.isfinite(norms)].astype(np.float64)
+    statistics: dict[str, Any] = {"rows": len(norms), "not_finite": len(norms) - len(finite)}
+    if len(finite):
+        statistics["mean"] = float(finite.mean())
+        statistics["quantiles"] = dict(zip(map(str, QUANTILES), np.quantile(finite, QUANTILES).tolist(), strict=True))
+    return statistics
+
+
+def verify(path: str | Path) -> list[str]:
+    """Check every byte of a cache; returns what is wrong, a line each.
+
+    Raises:
+        FileNotFoundError: there is no unit.
+    """
+    folder = Path(path)
+    problems = []
+    indexes = sorted(folder.glob(INDEX))
+    if not indexes:
+        raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
+    for index in indexes:
+        try:
+            _ao.verify_activations(index)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if (folder / "manifest.json").is_file():
+        try:
+            listed = {unit["index"]: unit for unit in read_manifest(folder / "manifest.json")["units"]}
+        except (ValueError, KeyError, TypeError) as error:
+            return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
+        there = {index.name: index for index in indexes}
+        problems += [f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))]
+        problems += [
+            f"{path}: not the file that manifest.json lists; run ao collect again"
+            for name, path in there.items()
+            if name in listed and _ao.input_digest(str(path)) != listed[name]["xxh3"]
+        ]
+    return problems

@@ -1,0 +1,168 @@
+//! The activation cache: keys, writer, reader and the check of a unit.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use ao_core::activations::index::{self, Unit};
+use ao_core::activations::reader::{Mode, Place, RowReader};
+use ao_core::activations::writer::UnitWriter;
+use ao_core::activations::{RowType, keys};
+use ao_core::Error;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::buffers::{Buffer, bytes, bytes_mut, words};
+use crate::error::to_python;
+use crate::shard::{Layout, to_tuples};
+
+/// Bytes of a key as Python holds it: its upper and its lower half, a `uint64` each.
+const KEY_BYTES: usize = 16;
+
+/// For each position of a context its key: uint64 [n, 2], upper and lower half.
+#[pyfunction]
+pub fn context_keys<'py>(py: Python<'py>, ids: Buffer) -> PyResult<Bound<'py, PyBytes>> {
+    let ids: Vec<i32> = words(&ids, "ids")?.into_iter().map(i32::from_le_bytes).collect();
+    let found = py.detach(|| keys::context_keys(&ids));
+    PyBytes::new_with(py, KEY_BYTES * found.len(), |out| {
+        for (out, key) in out.as_chunks_mut::<KEY_BYTES>().0.iter_mut().zip(found) {
+            out[..8].copy_from_slice(&((key >> 64) as u64).to_le_bytes());
+            out[8..].copy_from_slice(&(key as u64).to_le_bytes());
+        }
+        Ok(())
+    })
+}
+
+fn key(halves: &[u8; KEY_BYTES]) -> u128 {
+    let half = |at: usize| u64::from_le_bytes(halves[at..at + 8].try_into().expect("eight bytes are eight bytes"));
+    u128::from(half(0)) << 64 | u128::from(half(8))
+}
+
+/// Writes one unit of an activation cache.
+#[pyclass(frozen, module = "ao._ao")]
+pub struct ActivationWriter {
+    writer: Mutex<Option<UnitWriter>>,
+}
+
+#[pymethods]
+impl ActivationWriter {
+    #[new]
+    #[pyo3(signature = (folder, *, run, unit, contract_json, dtype, width, layers))]
+    fn new(
+        folder: PathBuf,
+        run: String,
+        unit: u32,
+        contract_json: &str,
+        dtype: &str,
+        width: usize,
+        layers: Vec<u16>,
+    ) -> PyResult<Self> {
+        let contract = serde_json::from_str(contract_json)
+            .map_err(|error| to_python(Error::Input(format!("the contract is not JSON: {error}"))))?;
+        let row = RowType::new(dtype, width).map_err(to_python)?;
+        let unit = Unit { run, number: unit, contract, row };
+        let writer = UnitWriter::new(&folder, unit, &layers).map_err(to_python)?;
+        Ok(Self { writer: Mutex::new(Some(writer)) })
+    }
+
+    fn append(
+        &self,
+        py: Python<'_>,
+        layer: u16,
+        keys: Buffer,
+        norms: Buffer,
+        rows: Buffer,
+    ) -> PyResult<()> {
+        let keys: Vec<u128> = bytes(&keys, "keys")?.as_chunks::<KEY_BYTES>().0.iter().map(key).collect();
+        let norms: Vec<f32> = words(&norms, "norms")?.into_iter().map(f32::from_le_bytes).collect();
+        let rows = bytes(&rows, "rows")?;
+        self.with(|writer| py.detach(|| writer.append(layer, &keys, &norms, rows)))
+    }
+
+    /// Rows of each layer so far.
+    #[getter]
+    fn rows(&self) -> PyResult<BTreeMap<u16, usize>> {
+        self.with(|writer| Ok(writer.rows()))
+    }
+
+    fn finish(&self, py: Python<'_>) -> PyResult<String> {
+        let writer = self.locked().take().ok_or_else(finished)?;
+        py.detach(|| writer.finish()).map_err(to_python)
+    }
+
+    fn abandon(&self, py: Python<'_>) {
+        let writer = self.locked().take();
+        py.detach(|| drop(writer));
+    }
+}
+
+impl ActivationWriter {
+    fn locked(&self) -> std::sync::MutexGuard<'_, Option<UnitWriter>> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut UnitWriter) -> ao_core::Result<T>) -> PyResult<T> {
+        work(self.locked().as_mut().ok_or_else(finished)?).map_err(to_python)
+    }
+}
+
+fn finished() -> PyErr {
+    to_python(Error::Input("this writer has finished; make a new one for the next unit".to_owned()))
+}
+
+/// Reads rows of one layer at random.
+#[pyclass(frozen, module = "ao._ao")]
+pub struct ActivationReader {
+    reader: RowReader,
+}
+
+#[pymethods]
+impl ActivationReader {
+    #[new]
+    #[pyo3(signature = (paths, *, dtype, width))]
+    fn new(paths: Vec<PathBuf>, dtype: &str, width: usize) -> PyResult<Self> {
+        let row = RowType::new(dtype, width).map_err(to_python)?;
+        Ok(Self { reader: RowReader::open(&paths, row).map_err(to_python)? })
+    }
+
+    #[pyo3(signature = (files, rows, out, *, mode = "auto"))]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        files: Buffer,
+        rows: Buffer,
+        mut out: Buffer,
+        mode: &str,
+    ) -> PyResult<()> {
+        let (places, mode) = (places(&files, &rows)?, Mode::named(mode).map_err(to_python)?);
+        let out = bytes_mut(&mut out, "out")?;
+        py.detach(|| self.reader.gather(&places, out, mode)).map_err(to_python)
+    }
+
+    fn prefetch(&self, py: Python<'_>, files: Buffer, rows: Buffer) -> PyResult<()> {
+        let places = places(&files, &rows)?;
+        py.detach(|| self.reader.prefetch(&places)).map_err(to_python)
+    }
+}
+
+fn places(files: &Buffer, rows: &Buffer) -> PyResult<Vec<Place>> {
+    let (files, rows) = (words(files, "files")?, words(rows, "rows")?);
+    if files.len() != rows.len() {
+        let what = format!("{} files and {} rows; expected one file for each row", files.len(), rows.len());
+        return Err(to_python(Error::Input(what)));
+    }
+    Ok(files.into_iter().map(u32::from_le_bytes).zip(rows.into_iter().map(u32::from_le_bytes)).collect())
+}
+
+/// What an index says of its unit, as canonical JSON, and its arrays.
+#[pyfunction]
+pub fn activation_index(py: Python<'_>, path: PathBuf) -> PyResult<(String, Vec<Layout<'_>>)> {
+    let (about, arrays) = py.detach(|| index::layout(&path)).map_err(to_python)?;
+    Ok((about, to_tuples(py, arrays)?))
+}
+
+/// Check every byte of a unit against its index.
+#[pyfunction]
+pub fn verify_activations(py: Python<'_>, index: PathBuf) -> PyResult<()> {
+    py.detach(|| index::verify(&index)).map_err(to_python)
+}
