@@ -122,7 +122,9 @@ class CachedLayer:
             expected = HEADER_BYTES + shape[0] * self.width * dtype.itemsize
             # A mapping beyond the end of a file kills the process that touches it.
             if (size := path.stat().st_size) != expected:
-                raise ValueError(f"{path}: expected {expected} bytes, got {size}; the unit is damaged, collect it again")
+                raise ValueError(
+                    f"{path}: expected {expected} bytes, got {size}; the unit is damaged, collect it again"
+                )
             with open(path, "rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             view = np.frombuffer(mapping, dtype, count=shape[0] * shape[1], offset=HEADER_BYTES)
@@ -131,9 +133,7 @@ class CachedLayer:
 
     @cached_property
     def _reader(self) -> _ao.ActivationReader:
-        return _ao.ActivationReader(
-            [unit.file(self.layer) for unit in self._units], dtype=self.dtype, width=self.width
-        )
+        return _ao.ActivationReader([unit.file(self.layer) for unit in self._units], dtype=self.dtype, width=self.width)
 
     @property
     def norms(self) -> np.ndarray:
@@ -271,7 +271,9 @@ class ActivationCache:
             self._layers[layer] = CachedLayer(layer, self.units, dtype=self.dtype, width=self.width)
         return self._layers[layer]
 
-    def vectors(self, context_ids: np.ndarray, layers: np.ndarray, positions: np.ndarray, *, mode: Mode = "auto") -> Any:
+    def vectors(
+        self, context_ids: np.ndarray, layers: np.ndarray, positions: np.ndarray, *, mode: Mode = "auto"
+    ) -> Any:
         """Activations [K, D] of one context, one for each entry of the parallel `layers` and `positions`.
 
         Raises:
@@ -347,7 +349,9 @@ def verify(path: str | Path) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
         there = {index.name: index for index in indexes}
-        problems += [f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))]
+        problems += [
+            f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))
+        ]
         problems += [
             f"{path}: not the file that manifest.json lists; run ao collect again"
             for name, path in there.items()

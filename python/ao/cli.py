@@ -98,6 +98,46 @@ class Plan(PlanOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Run the target over contexts and keep its activations in a cache. On several devices: torchrun ... -m ao collect ...
+
+    Collects what the recipe's packed data set reads, or every token of --texts or of --prompt. What the cache holds
+    already is passed over, so the same command goes on after a kill, and a second data set collects only what is new.
+    `ao inspect OUT` shows what is there.
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """The recipe, a TOML file; names the model."""
+    out: Path | None = None
+    """Folder of the cache; `activations` beside data.out without one."""
+    data: Path | None = None
+    """The packed data set; data.out of the recipe without one."""
+    texts: Path | None = None
+    """Instead: a JSONL file, an object with text or messages a line."""
+    prompt: str | None = None
+    """Instead: one user turn."""
+    layers: tuple[str, ...] = ()
+    """Indices or depths; those that the data set reads, or data.read_depths, without any."""
+    positions: Literal["wanted", "all"] = "wanted"
+    """wanted: the tokens that the data set reads; all: every token of its contexts."""
+    adapter: Path | None = None
+    """LoRA adapter that the target wears while it reads."""
+    dtype: Literal["BF16", "F16", "F32"] | None = None
+    """Type of the rows; what the model computes in without one."""
+    format: Literal["cache", "safetensors"] = "cache"
+    """safetensors: plain files for other tools, of F32 without --dtype; docs/activations.md shows how they are read."""
+    tokens_per_row: int = 8192
+    """Token budget of one forward."""
+    import_tensor: Path | None = None
+    """Instead of running a target: a safetensors file with a tensor [tokens, layers, d_model]; with --sidecar."""
+    sidecar: Path | None = None
+    """JSON file that says what the tensor of --import-tensor is."""
+    json: bool = False
+    """One JSON object on stdout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an oracle's adapter on a packed data set. On several devices: torchrun --nproc-per-node N -m ao train ..."""
 
@@ -212,6 +252,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `ao`."""
     commands = {
         "demo": Demo,
+        "collect": Collect,
         "train": Train,
         "ask": Ask,
         "eval": Eval,
@@ -234,6 +275,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         Pack: _pack,
         Plan: _plan,
         Inspect: _inspect,
+        Collect: _collect,
         Train: _train,
         Eval: _eval,
         Ask: _ask,
@@ -304,7 +346,7 @@ def _parse(commands: dict[str, type], args: list[str], program: str) -> Any:
     return tyro.cli(kind, default=kind(recipe=Path(files[0]), **parts, **asked), args=rest, prog=program)
 
 
-def _recipe(command: Pack | Train | Eval | Rollouts) -> Recipe:
+def _recipe(command: Pack | Collect | Train | Eval | Rollouts) -> Recipe:
     """The recipe with the command's flags put in."""
     parts = {
         name: value
@@ -381,6 +423,42 @@ def _inspect(command: Inspect) -> dict[str, Any]:
         except BrokenPipeError:  # `head` or a pager has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result
+
+
+def _collect(command: Collect) -> dict[str, Any]:
+    from ao import collect as collecting
+
+    recipe = _recipe(command)
+    out = command.out or Path(recipe.data.out).with_name("activations")
+    if (command.import_tensor is None) != (command.sidecar is None):
+        raise ValueError("--import-tensor and --sidecar belong together; got one of them")
+    if command.import_tensor is not None:
+        layers = collecting.import_tensor(command.import_tensor, str(command.sidecar), out=out)
+        record: dict[str, Any] = {"layers": layers, "first_rank": True}
+    else:
+        units = collecting.units(
+            recipe,
+            data=command.data,
+            texts=command.texts,
+            prompt=command.prompt,
+            layers=[_layer(layer) for layer in command.layers],
+            positions=command.positions,
+        )
+        record = collecting.collect(
+            recipe.model,
+            units,
+            out=out,
+            adapter=command.adapter,
+            dtype=command.dtype,
+            plain=command.format == "safetensors",
+            tokens_per_row=command.tokens_per_row,
+            progress=True,
+        )
+    if not record.pop("first_rank"):
+        return {}
+    if not command.json:
+        print(collecting.summary_text(out, record))
+    return {"out": str(out), **record}
 
 
 def _train(command: Train) -> dict[str, Any]:

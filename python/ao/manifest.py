@@ -120,6 +120,16 @@ def model_fingerprint(folder: str | Path) -> str:
     return fingerprint(*parts)
 
 
+def adapter_fingerprint(folder: str | Path) -> str:
+    """Fingerprint of a LoRA adapter: its settings and its weights.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of them.
+    """
+    files = (Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return fingerprint(*(file.read_bytes() for file in files))
+
+
 def _safetensors_header(path: Path) -> bytes:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

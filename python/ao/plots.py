@@ -140,6 +140,45 @@ def gain_chart(path: str | Path, report: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
+def norm_chart(path: str | Path, norms: Mapping[int, np.ndarray], *, title: str) -> None:
+    """Draw the norms of cached activations, a histogram for each layer, the deepest on top.
+
+    Args:
+        path: PNG file to write.
+        norms: of the rows, by layer; those that are not finite are counted beside the others.
+        title: title.
+    """
+    step = 0.62
+    width, height = 8.2, step * len(norms) + 1.0
+    figure = _figure(width, height)
+    _text(figure, 0.2, height - 0.36, visible_line(title), size=12.5, weight="bold")
+    _text(figure, 0.2, height - 0.58, "norms of the residual stream, rows by layer", size=9, color=_SOFT)
+    finite = {layer: values[np.isfinite(values)] for layer, values in norms.items()}
+    there = np.concatenate([np.ones(1), *finite.values()])
+    least, most = np.quantile(there[there > 0], [0.0005, 0.9995])
+    edges = np.geomspace(least * 0.98, most * 1.02, 90)
+    for place, (layer, values) in enumerate(sorted(finite.items())):
+        bottom = 0.42 + step * place
+        axes = _axes(figure, 1.15, bottom, width - 3.1, step * 0.8)
+        counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+        axes.fill_between(edges[:-1], counts, step="post", color="#1f5fbf", alpha=0.85, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, max(1, counts.max()) * 1.05)
+        axes.set_yticks([])
+        axes.minorticks_off()
+        ticks = np.unique([float(f"{tick:.2g}") for tick in np.geomspace(least, most, 5)])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if place == 0 else [""] * len(ticks))
+        axes.grid(axis="x", color=_LINE, linewidth=0.6)
+        _text(figure, 0.2, bottom + 0.14, f"layer {layer}", size=9.5)
+        bad = len(norms[layer]) - len(values)
+        mean = f"mean {values.mean():.4g}" if len(values) else "none finite"
+        _text(figure, width - 1.85, bottom + 0.2, f"{len(norms[layer]):,} rows, {mean}", size=8.5, color=_SOFT)
+        if bad:
+            _text(figure, width - 1.85, bottom + 0.03, f"{bad:,} not finite", size=8.5, color="#c0392b")
+    _save(figure, path)
+
+
 def data_chart(path: str | Path, summary: Mapping[str, Any], *, title: str) -> None:
     """Draw a packed data set: datapoints by input and context length, and the shares of the answers that are labels.
 

@@ -229,6 +229,19 @@ class PackedDataset:
                 at = texts.find(wanted, at + 1)
         return found
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shards)
+
+    def reads(self, shard: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """What the datapoints of one shard read: its stored contexts, and for each placeholder the number of the context
+        among them, the layer and the position, in three parallel arrays."""
+        arrays = self._shards[shard].arrays
+        contexts = np.split(arrays["context_ids"], arrays["context_offsets"][1:-1])
+        of_placeholder = np.repeat(arrays["context"], np.diff(arrays["placeholder_offsets"]))
+        return contexts, of_placeholder, arrays["layers"], arrays["read_positions"]
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Input tokens of each datapoint, int32 [N]."""
@@ -250,6 +263,20 @@ class PackedDataset:
     def kinds(self) -> np.ndarray:
         """What each datapoint reads of the target, as an index into `KINDS`, uint8 [N]."""
         return self._column(lambda shard: shard.arrays["kind"])
+
+    def require_base(self) -> None:
+        """Refuse a data set that reads anything but the target itself.
+
+        Raises:
+            ValueError: a datapoint reads an adapter or a difference; names the first.
+        """
+        others = np.flatnonzero(self.kinds)
+        if len(others):
+            point = self[int(others[0])]
+            raise ValueError(
+                f"{self.folder}: datapoint {point.id!r} reads {point.kind!r} activations, and {len(others) - 1} others do "
+                "not read the target itself either; only those can be collected: leave `target` out of the examples"
+            )
 
     @cached_property
     def layer_combinations(self) -> list[tuple[int, ...]]:

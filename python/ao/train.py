@@ -58,12 +58,7 @@ def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool =
         require_free(out)
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
-        if len(others := np.flatnonzero(dataset.kinds)):
-            point = dataset[int(others[0])]
-            raise ValueError(
-                f"{data}: datapoint {point.id!r} reads {point.kind!r} activations, and {len(others) - 1} others do not read "
-                "the target itself either; only those can be trained on: leave `target` out of the examples"
-            )
+        dataset.require_base()
         placed = replace(recipe.model, device=str(here.device))
         model = load_model(placed)
         target = load_model(placed, which="target") if recipe.model.target else model
