@@ -132,20 +132,21 @@ def units_of(contexts: Sequence[np.ndarray], wanted: Wanted) -> Iterator[Unit]:
     unit_of = (np.cumsum([0, *map(len, contexts)])[:-1] // UNIT_TOKENS).astype(np.int64)
     values = np.stack([wanted.contexts, wanted.layers, wanted.positions]).astype(np.int64)
     values = np.unique(values, axis=1)
-    firsts = np.flatnonzero(np.append(True, np.diff(unit_of) > 0)) if len(contexts) else np.empty(0, np.int64)
-    for first, end in zip(firsts, [*firsts[1:], len(contexts)], strict=True):
+    for unit in np.unique(unit_of):
+        first, end = np.searchsorted(unit_of, [unit, unit + 1]).tolist()
         which, layers, positions = values[:, np.searchsorted(values[0], first) : np.searchsorted(values[0], end)]
         yield Unit(list(contexts[first:end]), Wanted(which - first, layers, positions))
 
 
 def packed_units(data: PackedDataset, *, layers: Sequence[int] | None, positions: Positions) -> Iterator[Unit]:
-    """What a packed data set reads; with `layers` only, or also, those, and with "all" every position."""
+    """What a packed data set reads; with `layers` at those instead of its own, with "all" at every position."""
+    everywhere = positions == "all"
+    chosen = sorted({layer for several in data.layer_combinations for layer in several}) if layers is None else layers
     for shard in range(data.num_shards):
         contexts, which, own_layers, read = data.reads(shard)
         wanted = Wanted(which, own_layers, read)
-        if layers is not None or positions == "all":
-            pairs = (which, read) if positions == "wanted" else _everywhere(contexts)
-            wanted = _at_layers(*pairs, np.unique(own_layers) if layers is None else np.asarray(layers))
+        if everywhere or layers is not None:
+            wanted = _at_layers(*(_everywhere(contexts) if everywhere else (which, read)), np.asarray(chosen))
         yield from units_of(contexts, wanted)
 
 

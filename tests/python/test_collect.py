@@ -1,0 +1,298 @@
+"""`ao collect`: what it writes equals the library's hidden states, whoever writes it and however often it was stopped."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from ao import cli, collect
+from ao.cache import ActivationCache, context_keys, verify
+from ao.collect import Unit, import_tensor
+from ao.config import ModelConfig, Recipe, parse_recipe
+from ao.distributed import launch
+from ao.models.load import load_model
+from ao.pack import pack
+from ao.residuals import Wanted
+from ao.shards import PackedDataset
+
+DEMO = ModelConfig(name="demo", precision="fp32", device="cpu")
+LAYERS = [1, 3]
+
+
+def write_records(root: Path, statements: list[str]) -> Recipe:
+    """A recipe whose records share the beginning of their contexts, and its packed data set in `packed`."""
+    lines = []
+    for number, statement in enumerate(statements):
+        turns = [{"role": "system", "content": "You feel calm."}, {"role": "user", "content": statement}]
+        example = {
+            "id": f"{number}",
+            "context": turns,
+            "question": "What mood?",
+            "answer": "calm",
+            "positions": [-1, -2, 0],
+        }
+        lines.append(json.dumps(example))
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "records.jsonl").write_text("\n".join(lines))
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    data = {"out": str(root / "packed"), "sources": [source], "read_depths": [0.25, 0.5], "examples_per_shard": 7}
+    recipe = parse_recipe({"model": {"name": "demo", "precision": "fp32", "device": "cpu"}, "data": data})
+    pack(recipe, root=root)
+    return recipe
+
+
+STATEMENTS = [
+    f"Do you like the {color} {thing}?" for color in ("red", "blue") for thing in ("kite", "hat", "boat", "cup")
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return write_records(tmp_path_factory.mktemp("data"), STATEMENTS)
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "UNIT_TOKENS", 40)
+
+
+@pytest.fixture(scope="module")
+def target() -> torch.nn.Module:
+    return load_model(DEMO)
+
+
+def hidden(target: torch.nn.Module, ids: np.ndarray, layer: int) -> np.ndarray:
+    """Slow and obvious: one context, every layer, no packing."""
+    with torch.no_grad():
+        states = target(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
+    return states[layer + 1][0].numpy()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".png"}
+
+
+def test_rows_equal_the_librarys_hidden_states(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
+    units = collect.units(recipe)
+    record = collect.collect(recipe.model, units, out=tmp_path / "acts")
+    cache = ActivationCache.open(tmp_path / "acts", contract=collect.contract_of(recipe.model))
+    data = PackedDataset.open(recipe.data.out)
+    assert cache.dtype == "F32"
+    wanted = set()
+    for point in data:
+        keys = context_keys(point.context_ids)[point.read_positions]
+        wanted |= {(layer, *key) for layer, key in zip(point.layers.tolist(), keys.tolist(), strict=True)}
+        got = cache.vectors(point.context_ids, point.layers, point.read_positions)
+        for layer in set(point.layers.tolist()):
+            here = point.layers == layer
+            expected = hidden(target, point.context_ids, layer)[point.read_positions[here]]
+            np.testing.assert_allclose(got[here], expected, rtol=1e-4, atol=1e-4)
+    assert record["rows"] == len(wanted) == sum(len(cache.layer(layer)) for layer in cache.layers)
+    assert record["units"] > 2
+    assert verify(tmp_path / "acts") == []
+    norms = np.linalg.norm(
+        np.stack([cache.layer(LAYERS[0])[row] for row in range(len(cache.layer(LAYERS[0])))]), axis=1
+    )
+    assert record["layers"][str(LAYERS[0])]["mean"] == pytest.approx(norms.mean(), rel=1e-5)
+    assert (tmp_path / "acts" / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_what_is_new_is_collected(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "acts"
+    first = collect.collect(recipe.model, collect.units(recipe), out=out)
+    before = content(out)
+    again = collect.collect(recipe.model, collect.units(recipe), out=out)
+    assert (again["rows"], again["tokens"]) == (0, 0)
+    assert content(out) == before
+    more = write_records(tmp_path / "more", [*STATEMENTS, "Do you like the green kite?"])
+    units = collect.units(more)
+    second = collect.collect(more.model, units, out=out)
+    cache = ActivationCache.open(out)
+    assert 0 < second["rows"] <= 6 < first["rows"]
+    assert all(
+        (cache.layer(layer).find(unit.keys()[unit.wanted.layers == layer]) >= 0).all()
+        for unit in units
+        for layer in LAYERS
+    )
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = collect.units(recipe)
+    collect.collect(recipe.model, units, out=tmp_path / "whole")
+    finish, finished = collect.CacheSink.finish, []
+
+    def stop(sink: collect.CacheSink) -> None:
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(sink)
+        finish(sink)
+
+    monkeypatch.setattr(collect.CacheSink, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        collect.collect(recipe.model, units, out=tmp_path / "stopped")
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    assert not list((tmp_path / "stopped").glob(".*"))
+    assert len(ActivationCache.open(tmp_path / "stopped").units) == 2
+    record = collect.collect(recipe.model, units, out=tmp_path / "stopped")
+    assert record["units_before"] == 2
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_two_ranks_write_what_one_writes(recipe: Recipe, tmp_path: Path) -> None:
+    units = collect.units(recipe)
+    one = collect.collect(recipe.model, units, out=tmp_path / "one")
+    two = launch(collect_into, recipe.model, units, tmp_path / "two", processes=2)
+    assert (one["rows"], one["tokens"]) == (two["rows"], two["tokens"])
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def collect_into(model: ModelConfig, units: list[Unit], out: Path) -> dict[str, object]:
+    return collect.collect(model, units, out=out)
+
+
+def test_an_adapter_is_another_target(recipe: Recipe, tmp_path: Path, demo_adapter: Path) -> None:
+    units = collect.units(recipe)
+    collect.collect(recipe.model, units, out=tmp_path / "base")
+    collect.collect(recipe.model, units, out=tmp_path / "worn", adapter=demo_adapter)
+    base, worn = (ActivationCache.open(tmp_path / name).layer(LAYERS[1]) for name in ("base", "worn"))
+    assert len(base) == len(worn)
+    assert not np.allclose(base.gather(np.arange(len(base))), worn.gather(np.arange(len(worn))), atol=1e-3)
+    with pytest.raises(ValueError, match=r"collected from.*adapter"):
+        collect.collect(recipe.model, units, out=tmp_path / "base", adapter=demo_adapter)
+    with pytest.raises(ValueError, match="rows of F32, asked for were BF16"):
+        collect.collect(recipe.model, units, out=tmp_path / "base", dtype="BF16")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no activation cache"):
+        collect.collect(recipe.model, units, out=tmp_path / "mine")
+
+
+def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
+    lines = [{"text": "The cat sat."}, {"messages": [{"role": "user", "content": "Hello?"}]}]
+    (tmp_path / "texts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    [*units] = collect.units(recipe, texts=tmp_path / "texts.jsonl", layers=[2])
+    collect.collect(recipe.model, units, out=tmp_path / "acts")
+    cache = ActivationCache.open(tmp_path / "acts")
+    contexts = [ids for unit in units for ids in unit.contexts]
+    assert len(contexts) == 2
+    for ids in contexts:
+        got = cache.vectors(ids, np.full(len(ids), 2), np.arange(len(ids)))
+        np.testing.assert_allclose(got, hidden(target, ids, 2), rtol=1e-4, atol=1e-4)
+    [unit] = collect.units(recipe, prompt="Hello?")
+    assert np.array_equal(unit.contexts[0], contexts[1])
+    assert np.unique(unit.wanted.layers).tolist() == LAYERS
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
+    with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected an object with text or messages"):
+        collect.units(recipe, texts=tmp_path / "texts.jsonl")
+    with pytest.raises(ValueError, match="got several"):
+        collect.units(recipe, texts=tmp_path / "texts.jsonl", prompt="x")
+    everywhere = collect.units(recipe, positions="all")
+    assert sum(map(len, (unit.keys() for unit in everywhere))) == 2 * sum(unit.num_tokens for unit in everywhere)
+
+
+def test_plain_files_are_read_with_numpy_alone(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
+    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "plain", plain=True)
+    files = sorted((tmp_path / "plain").glob("*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        arrays = load_file(file)
+        for row, layer, context, position in zip(
+            *(arrays[n] for n in ("activations", "layer", "context", "position")), strict=True
+        ):
+            ids = arrays["ids"][slice(*arrays["offsets"][context : context + 2])]
+            np.testing.assert_allclose(row, hidden(target, ids, layer)[position], rtol=1e-4, atol=1e-4)
+    before = content(tmp_path / "plain")
+    files[0].unlink()
+    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "plain", plain=True)
+    assert content(tmp_path / "plain") == before
+
+
+def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
+    contexts = [[1, 2, 3], [1, 2, 4, 5]]
+    values = torch.randn(7, 2, 6).to(torch.bfloat16)
+    values[3:5] = values[:2]  # what both contexts begin with
+    save_file({"resid": values}, tmp_path / "resid.safetensors")
+    about = {"tensor": "resid", "layers": [4, 9], "ids": contexts, "contract": {"model": "m"}}
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    statistics = import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
+    assert {layer: of["rows"] for layer, of in statistics.items()} == {"4": 5, "9": 5}
+    cache = ActivationCache.open(tmp_path / "acts", contract={"model": "m"})
+    ids = np.array(contexts[1], dtype=np.int32)
+    got = torch.empty(4, 6, dtype=torch.bfloat16)
+    cache.layer(9).gather(cache.layer(9).find(context_keys(ids)), got)
+    assert torch.equal(got, values[3:, 1])
+    for wrong, message in [
+        ({"layers": [4]}, r"resid is torch.bfloat16 \[7, 2, 6\].*\[7 tokens, 1 layers, D\]"),
+        ({"tensor": "x"}, r"no tensor 'x', only \['resid'\]"),
+        ({"ids": [[1, 2]]}, r"\[2 tokens, 2 layers, D\]"),
+    ]:
+        (tmp_path / "about.json").write_text(json.dumps(about | wrong))
+        with pytest.raises(ValueError, match=message):
+            import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "other")
+
+
+def test_vectors_that_are_all_alike_are_told(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = collect.collected
+
+    def dead(*args: object, **options: object) -> object:
+        for layer, indices, resid_KD in honest(*args, **options):
+            yield layer, indices, resid_KD[:1].expand_as(resid_KD) if layer == LAYERS[1] else resid_KD
+
+    monkeypatch.setattr(collect, "collected", dead)
+    one_context = collect.units(recipe)[0]
+    with caplog.at_level(logging.WARNING):
+        collect.collect(recipe.model, [one_context], out=tmp_path / "acts")
+    assert next(text for text in caplog.messages if "all alike" in text).startswith(f"layer {LAYERS[1]}:")
+    assert not any(text.startswith(f"layer {LAYERS[0]}:") for text in caplog.messages)
+
+
+def test_values_beyond_half_precision_are_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = collect.collected
+
+    def large(*args: object, **options: object) -> object:
+        for layer, indices, resid_KD in honest(*args, **options):
+            yield layer, indices, resid_KD * 1e5
+
+    monkeypatch.setattr(collect, "collected", large)
+    with pytest.raises(ValueError, match=r"layer [13]: values up to .* do not fit F16.*use BF16 or F32"):
+        collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts", dtype="F16")
+    assert not list((tmp_path / "acts").glob(".*"))
+
+
+def test_a_unit_knows_its_keys_and_parts() -> None:
+    contexts = [np.array([5, 6, 7], np.int32), np.array([5, 6, 8, 9], np.int32)]
+    [unit] = collect.units_of(contexts, Wanted(np.array([1, 0, 1]), np.array([2, 2, 2]), np.array([3, 1, 1])))
+    keys = unit.keys()
+    assert keys.tolist() == [context_keys(contexts[c])[p].tolist() for c, p in [(0, 1), (1, 1), (1, 3)]]
+    assert keys[0].tolist() == keys[1].tolist()
+    [left] = collect._remaining([unit], None)
+    assert left.wanted.positions.tolist() == [1, 3]
+    assert [len(ids) for ids in left.contexts] == [2, 4]
+    assert list(collect.units_of([], Wanted(*(np.empty(0, int),) * 3))) == []
+
+
+def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(recipe.data.out).parent / "recipe.toml"
+    path.write_text(f'[model]\nname = "demo"\nprecision = "fp32"\ndevice = "cpu"\n[data]\nout = "{recipe.data.out}"\n')
+    cli.main(["collect", str(path), "--out", str(tmp_path / "acts"), "--layers", "0.5", "2", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert sorted(result["layers"]) == ["2", "3"]
+    cli.main(["collect", str(path), "--out", str(tmp_path / "acts"), "--prompt", "Hello?"])
+    assert "rows of" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["collect", str(path), "--import-tensor", "x.safetensors"])
+    assert stop.value.code == 2
+    assert replace(recipe.model, target=None) == recipe.model
