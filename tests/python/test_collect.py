@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ao.cache import ActivationCache, context_keys, verify
 from ao.collect import Unit, import_tensor
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.distributed import launch
+from ao.inspection import inspect, text
 from ao.models.load import load_model
 from ao.pack import pack
 from ao.residuals import Wanted
@@ -282,6 +284,26 @@ def test_a_unit_knows_its_keys_and_parts() -> None:
     assert left.wanted.positions.tolist() == [1, 3]
     assert [len(ids) for ids in left.contexts] == [2, 4]
     assert list(collect.units_of([], Wanted(*(np.empty(0, int),) * 3))) == []
+
+
+def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "acts"
+    collect.collect(recipe.model, collect.units(recipe), out=out)
+    page = text(inspect(out))
+    assert re.search(r"acts: an activation cache\n", page)
+    assert re.search(r"\n  layer 3 +\d+ rows, norms [\d.]+ \[", page)
+    assert inspect(out, check=True)["ok"]
+    inspect(out, plot=tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").read_bytes() == (out / "norms.png").read_bytes()
+    (out / "manifest.json").unlink()
+    assert "it is being collected, or was stopped" in text(inspect(out))
+    damaged = next(out.glob("*-L003.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x99")
+    result = inspect(out, check=True)
+    assert not result["ok"]
+    assert f"{damaged}: damaged: rows 0 to" in text(result)
+    with pytest.raises(ValueError, match="an activation cache, without datapoints"):
+        inspect(out, rows=[0])
 
 
 def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ao import _ao
 from ao._ao import Framer
+from ao.cache import ActivationCache
+from ao.cache import verify as verify_cache
 from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, build_problems, verify
@@ -83,14 +85,16 @@ def _inspected(
     progress: bool,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "notes": found.notes}
+    if sum((bool(rows or ids), check, plot is not None)) > 1:
+        raise ValueError("datapoints (--row, --id), --verify and --plot are shown one at a time; give one of them")
+    if found.kind == "activations" and (check or plot is not None):
+        return {**result, **_activations(found, check=check, plot=plot)}
     if not found.is_data:
         if rows or ids or check or plot:
             raise ValueError(
                 f"{found.path}: {found.what}, without datapoints; --row, --id, --verify and --plot are for packed data sets"
             )
         return {**result, **found.content}
-    if sum((bool(rows or ids), check, plot is not None)) > 1:
-        raise ValueError("datapoints (--row, --id), --verify and --plot are shown one at a time; give one of them")
     if check:
         return {**result, **_verified(found, model, progress=progress)}
     if rows or ids:
@@ -104,6 +108,19 @@ def _inspected(
         data_chart(plot, summary, title=found.path.name)
         result["plot"] = str(plot)
     return {**result, **summary}
+
+
+def _activations(found: Found, *, check: bool, plot: Path | None) -> dict[str, Any]:
+    """A cache, checked or drawn."""
+    cache = ActivationCache.open(found.path)
+    if plot is not None:
+        from ao.plots import norm_chart
+
+        norm_chart(plot, {layer: cache.layer(layer).norms for layer in cache.layers}, title=found.path.name)
+        return {**found.content, "plot": str(plot)}
+    problems = verify_cache(found.path)
+    rows = sum(len(cache.layer(layer)) for layer in cache.layers)
+    return {"ok": not problems, "problems": problems, "checked": {"units": len(cache.units), "rows": rows}}
 
 
 def text(result: Mapping[str, Any], *, color: bool = False) -> str:
@@ -308,7 +325,7 @@ def _checked(done: Verified, vocabulary: int | None) -> dict[str, Any]:
 
 def _verdict(result: Mapping[str, Any]) -> list[str]:
     checked, problems = result["checked"], result["problems"]
-    counted = ", ".join(f"{checked.get(name, 0):,} {name}" for name in ("shards", "datapoints", "contexts", "tokens"))
+    counted = ", ".join(f"{number:,} {name}" for name, number in checked.items())
     verdict = "all is well" if result["ok"] else f"{len(problems)} problem{'s' * (len(problems) != 1)}"
     return [f"{result['path']}: checked {counted}: {verdict}", *(f"  {printable(problem)}" for problem in problems)]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ao.cache import INDEX, ActivationCache
 from ao.manifest import read_manifest
 from ao.shards import PackedDataset
 from ao.summary import added_up
@@ -17,6 +18,7 @@ KINDS = {
     "unfinished": "an unfinished build of a packed data set",
     "shard": "a shard of a packed data set",
     "plan": "the plan of an epoch",
+    "activations": "an activation cache",
     "adapter": "an oracle's adapter",
     "run": "a folder of artifacts",
 }
@@ -68,6 +70,8 @@ def find(path: Path) -> Found:
         raise FileNotFoundError(f"{path}: there is no such file or folder; ao-pack makes packed data sets")
     if path.is_file():
         return _file(path)
+    if any(path.glob(INDEX)):
+        return _activations(path)
     if (path / "manifest.json").is_file():
         return _packed(path)
     if list(path.glob("shard-*.safetensors")) or list(path.glob("part-*-of-*.json")) or path.suffix == ".partial":
@@ -125,6 +129,25 @@ def _packed(path: Path) -> Found:
     if lacking:
         raise ValueError(f"{path}: manifest.json lacks {', '.join(lacking)}; rerun ao-pack with this version of ao")
     return Found("packed", path, notes=notes)
+
+
+def _activations(path: Path) -> Found:
+    cache = ActivationCache.open(path)
+    layers = {}
+    for layer, of in cache.statistics().items():
+        norms = (
+            f", norms {of['mean']:.4g} [{', '.join(f'{norm:.4g}' for norm in of['quantiles'].values())}]"
+            if "mean" in of
+            else ""
+        )
+        layers[f"layer {layer}"] = f"{of['rows']:,} rows{norms}" + (
+            f", {of['not_finite']:,} not finite" if of["not_finite"] else ""
+        )
+    content = {**cache.contract, "rows": f"{cache.dtype}, {cache.width} values", "units": len(cache.units), **layers}
+    notes = ["norms: mean [1 %, 25 %, median, 75 %, 99 %]"]
+    if not (path / "manifest.json").is_file():
+        notes.append("no manifest.json yet: it is being collected, or was stopped; the same ao collect goes on")
+    return Found("activations", path, content={"content": content}, notes=notes)
 
 
 def _unfinished(path: Path) -> Found:
