@@ -99,7 +99,7 @@ def collected(
     wanted: Wanted,
     *,
     tokens_per_row: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
     """Run each context once, in rows of a token budget, and give what is wanted of each row at once.
 
@@ -121,12 +121,11 @@ def collected(
     by_context = np.lexsort((wanted.positions, wanted.contexts))
     bounds = np.searchsorted(wanted.contexts[by_context], np.arange(len(contexts) + 1))
     asked = np.flatnonzero(np.diff(bounds))
+    lengths = [len(context) for context in contexts]
     start_of = np.zeros(len(contexts), dtype=np.int64)
     with layout(model, arch):
-        for chosen in rows_of(
-            [len(contexts[index]) for index in asked], tokens_per_row=tokens_per_row, packed=arch.attention_only
-        ):
-            row = asked[chosen]
+        for chosen in rows_of(np.take(lengths, asked), tokens_per_row=tokens_per_row, packed=arch.attention_only):
+            row = asked[chosen].tolist()
             batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
             indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
             start_of[row] = batch.starts
@@ -136,7 +135,7 @@ def collected(
                 from_row = start_of[wanted.contexts[here]] + wanted.positions[here]
                 yield layer, here, captured[layer][torch.from_numpy(from_row).to(device)]
             if progress is not None:
-                progress(sum(len(contexts[index]) for index in row))
+                progress(sum(lengths[index] for index in row))
 
 
 def read_vectors(
@@ -145,7 +144,7 @@ def read_vectors(
     reads: Sequence[Read],
     *,
     tokens_per_row: int = 8192,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Activations for many reads; each distinct context is run once, and a prefix of another not at all.
 
