@@ -83,7 +83,9 @@ class Table:
 
 @dataclass
 class Example:
-    """One context and one question about it; context prediction has no question until the tokens are known."""
+    """One context and one question about it; context prediction has none until the tokens are known, and a text of which
+    every label is right has none that asks about a wrong one.
+    """
 
     id: str
     unit: str
@@ -97,6 +99,8 @@ class Example:
     layers: list[float] | None = None
     target: str = "base"
     meta: dict[str, Any] = field(default_factory=dict)
+    lacks_donor: bool = False
+    """It was to be unanswerable, but no other context was found for it."""
     dropped: str | None = None
     """Why it is left out, where that is known before its tokens are."""
 
@@ -144,6 +148,12 @@ def classification(source: dict[str, Any], tables: list[Table], seed: int) -> li
     texts = labelled_texts(source, tables, seed)
     left_out = {label for label, wordings in source["labels"].items() if not wordings}
     labels = sorted({label for _, _, label, _ in texts} - left_out)
+    known: dict[tuple[str, str, tuple[str, ...]], set[str]] = {}
+    for table, _, row in numbered(tables):
+        if table.templates is None and (label := label_text(row[source["label"]])) not in left_out:
+            for template in source["questions"]:
+                key = filled(source["text"], row), template, columns(template, row)
+                known.setdefault(key, set()).add(label)
     found = []
     for unit, text, label, row in texts:
         if label in left_out:
@@ -156,16 +166,24 @@ def classification(source: dict[str, Any], tables: list[Table], seed: int) -> li
             template = source["questions"][order[number % len(order)]]
             if "{label}" in template:
                 draws = Draws(seed, name, "label")
-                others = [other for other in labels if not wordings(source, other) & wordings(source, label)]
-                answer, shown = ("Yes", label) if draws.below(2) == 0 else ("No", others[draws.below(len(others))])
-                question = asked(template, row, phrasing(source, seed, name, shown))
+                right = known.get((text, template, columns(template, row)), {label})
+                worded = {wording for each in right for wording in wordings(source, each)}
+                others = [other for other in labels if not wordings(source, other) & worded]
+                answer, choices = ("Yes", [label]) if draws.below(2) == 0 else ("No", others)
+                shown = phrasing(source, seed, name, choices[draws.below(len(choices))]) if choices else None
+                question = None if shown is None else asked(template, row, shown)
             else:
                 question, answer = asked(template, row, ""), phrasing(source, seed, name, label)
             context = [{"role": "user", "content": text}]
             read = [{"message": 0, "start": 0, "end": len(text)}]
-            question = source["prefix"] + question
+            question = None if question is None else source["prefix"] + question
             found.append(Example(name, unit, context, read, question, answer, label, meta={"label": label}))
     return found
+
+
+def columns(template: str, row: dict[str, Any]) -> tuple[str, ...]:
+    """What a question shows of a row beside its label."""
+    return tuple(row[key].strip() for key in re.findall(r"\{([^{}]+)\}", template) if key != "label")
 
 
 def asked(template: str, row: dict[str, Any], label: str) -> str:
@@ -518,6 +536,8 @@ class Reference:
         """
         if example.dropped is not None:
             raise Dropped(example.dropped)
+        if source["kind"] == "classification" and example.question is None:
+            raise Dropped("no_wrong_label")
         framed = self.context(example.context)
         question, answer = example.question, example.answer
         if source["kind"] == "context_prediction":
@@ -593,25 +613,30 @@ def unanswerable(settings: Settings, source: dict[str, Any], example: Example, s
         other = units[draws.below(len(units))]
         if other.label != example.label if example.label is not None else other.context != example.context:
             reads = {"context": other.context, "read": other.read, "positions": other.positions}
-            return replace(example, answer=rule["answer"], **reads)
-    return example
+            return replace(example, answer=rule["answer"], meta=example.meta | {"unanswerable": True}, **reads)
+    return replace(example, lacks_donor=True)
 
 
 def build_all(
     reference: Reference, settings: Settings, sources: list[tuple[dict[str, Any], list[Table]]]
-) -> tuple[list[Datapoint], dict[str, int]]:
-    """The datapoints of a whole data set and the number of examples dropped for each reason."""
+) -> tuple[list[Datapoint], dict[str, int], int]:
+    """The datapoints of a whole data set, how many examples were dropped for each reason, and for how many datapoints no
+    context was found that would have made them unanswerable.
+    """
     numbered_examples = [
         (source, example) for source, tables in sources for example in examples(source, tables, seed=settings.seed)
     ]
-    datapoints, drops = [], {}
+    datapoints, drops, without_donor = [], {}, 0
     size = settings.examples_per_shard
     for begin in range(0, len(numbered_examples), size):
         shard = numbered_examples[begin : begin + size]
         for source, example in shard:
             beside = [other for of, other in shard if of is source]
+            given = unanswerable(settings, source, example, beside)
             try:
-                datapoints += reference.build(settings, source, unanswerable(settings, source, example, beside))
+                made = reference.build(settings, source, given)
+                datapoints += made
+                without_donor += given.lacks_donor * len(made)
             except Dropped as dropped:
                 drops[dropped.args[0]] = drops.get(dropped.args[0], 0) + 1
-    return datapoints, drops
+    return datapoints, drops, without_donor

@@ -119,7 +119,7 @@ class Source:
     def __new__(cls, settings_json: str) -> Source: ...
     @property
     def needs_survey(self) -> bool:
-        """Whether all rows must be shown to `survey` first: there is a count, or labels that are not given."""
+        """Whether all rows must be shown to `survey` first: there is a count, or labels are asked about or not given."""
     def survey(self, table_json: str, batch: ArrowBatch, first_row: int) -> None:
         """See rows; bad ones are passed over here and named when they are packed.
 
@@ -130,7 +130,11 @@ class Source:
             first_row: Number of the first one in its table, from 0.
         """
     def settle(self) -> int | None:
-        """End the survey: how many examples the rows will give, where a count tells."""
+        """End the survey: how many examples the rows will give, where a count tells.
+
+        Raises:
+            AoError: A question needs a wrong label, and the rows have none.
+        """
 
 @final
 class PackWriter:
@@ -172,7 +176,8 @@ class PackWriter:
     @property
     def progress(self) -> dict[str, Any]:
         """Counts so far: "offered" (examples seen), "skipped" (of other parts, or there already); of what was built now
-        "examples", "datapoints", "input_tokens", "drops" and "errors" by reason, "messages" (the first errors)."""
+        "examples", "datapoints", "input_tokens", "unanswerable", "without_donor", "drops" and "errors" by reason,
+        "messages" (the first errors)."""
 
 def merge(folder: str | PathLike[str]) -> str:
     """Prove that the parts in a folder make one whole build, write its manifest.json and return the text.
@@ -197,6 +202,9 @@ def shard_metadata(path: str | PathLike[str]) -> str:
 
 def verify_shard(path: str | PathLike[str], sha256: str) -> None:
     """Raise AoError unless the content of the file has this sha256."""
+
+def check_digest(path: str | PathLike[str]) -> None:
+    """Raise AoError unless the content of a shard has the digest that its own header says."""
 
 def write_atomic(path: str | PathLike[str], data: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one, also after a power cut."""

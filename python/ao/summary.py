@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 LENGTH_EDGES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
@@ -11,7 +11,10 @@ LENGTH_EDGES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 40
 BAR = 24
 """Characters of the longest bar."""
 
-_OF_SOURCES = ("offered", "examples", "datapoints", "input_tokens", "answer_tokens", "context_tokens_read")
+_OF_SOURCES = (
+    *("offered", "examples", "datapoints", "input_tokens", "answer_tokens", "context_tokens_read"),
+    *("unanswerable", "without_donor"),
+)
 _OF_SHARDS = ("contexts", "context_tokens", "placeholders", "duplicates")
 _BY_NAME = ("drops", "errors", "answers")
 
@@ -68,20 +71,37 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  {name:<{width}} {counts['offered']:>11,} {counts['examples']:>11,} {counts['datapoints']:>11,} "
             f"{sum(counts['drops'].values()):>9,} {sum(counts['errors'].values()):>6,}"
-            + (f"   {balance(counts['answers'])}" if counts["answers"] else "")
+            + "".join(f"   {note}" for note in _notes(counts))
         )
     return [*lines, "", *histogram(summary["lengths"])]
 
 
 def reasons(summary: Mapping[str, Any]) -> list[str]:
-    """How many examples were left out or bad, by reason, how many datapoints repeat another, and the first errors."""
+    """What was left out or bad, by reason, what is unanswerable, what repeats another datapoint, and the first errors."""
     lines = []
     for name, key in (("dropped", "drops"), ("bad", "errors")):
         if summary[key]:
             lines.append(f"  {name:<11} " + ", ".join(f"{num:,} {why}" for why, num in sorted(summary[key].items())))
+    if summary.get("unanswerable") or summary.get("without_donor"):
+        line = (
+            f"  {'cannot tell':<11} {summary['unanswerable']:,} datapoints read a context that does not tell the answer"
+        )
+        if missed := summary["without_donor"]:
+            line += f"; {missed:,} more were to, but their shard has none for them"
+        lines.append(line)
     if summary.get("duplicates"):
         lines.append(f"  {'duplicates':<11} {summary['duplicates']:,} datapoints repeat another of their shard")
     return [*lines, *(f"    {message}" for message in summary.get("messages", ()))]
+
+
+def _notes(counts: Mapping[str, Any]) -> Iterator[str]:
+    """What a source's line says behind its numbers."""
+    if counts["answers"]:
+        yield balance(counts["answers"])
+    for name, words in (("unanswerable", "unanswerable"), ("without_donor", "without a donor")):
+        # Data sets of older versions lack these counts.
+        if number := counts.get(name, 0):
+            yield f"{number:,} {words}"
 
 
 def balance(answers: Mapping[str, int]) -> str:

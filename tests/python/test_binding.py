@@ -106,7 +106,7 @@ def test_errors_are_ours_and_builtin_where_they_mean_the_same(tmp_path: Path) ->
     writer.add(
         settled(kind="records"), TABLE, json_rows([{"id": "x", "context": "a", "question": "q", "answer": ""}]), 0
     )
-    with pytest.raises(AoError, match='source "s", example "x": the answer is empty'):
+    with pytest.raises(AoError, match=r'source "s", s\.jsonl: line 1, example "x": the answer is empty'):
         writer.finish()
     with pytest.raises(AoError, match="stopped at an error"):
         writer.finish()

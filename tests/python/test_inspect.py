@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -25,6 +26,7 @@ from ao.config import parse_recipe
 from ao.inspection import inspect, text
 from ao.inspection.rows import token_texts
 from ao.inspection.verify import NAMED
+from ao.manifest import canonical_json
 from ao.pack import pack
 from ao.plan import Plan, PlanSettings
 from ao.prompt import framer
@@ -352,13 +354,22 @@ def flip(file: Path) -> None:
 Change = Callable[[dict[str, np.ndarray], dict[str, Any]], None]
 
 
-def change(packed: Path, edit: Change, name: str = "shard-00000.safetensors") -> Path:
-    """Edit a shard's arrays and header, and list the result in the manifest as if it had been written so."""
+def change(packed: Path, edit: Change, name: str = "shard-00000.safetensors", *, is_whole: bool = True) -> Path:
+    """Edit a shard's arrays and header, and list the result in the manifest as if it had been written so.
+
+    Unless it `is_whole`, the digest in its header stays.
+    """
     file = packed / name
     with safe_open(file, framework="numpy") as opened:
         metadata = json.loads(opened.metadata()["ao"])
     arrays = {key: array.copy() for key, array in load_file(file).items()}
     edit(arrays, metadata)
+    if is_whole:
+        save_file(arrays, file)
+        data = file.read_bytes()
+        data = data[8 + int.from_bytes(data[:8], "little") :]
+        del metadata["digest"]
+        metadata["digest"] = xxhash.xxh3_128_hexdigest(data + canonical_json(metadata).encode())
     save_file(arrays, file, metadata={"ao": json.dumps(metadata)})
     manifest = json.loads((packed / "manifest.json").read_text())
     for entry in manifest["shards"]:
@@ -484,6 +495,10 @@ def text_that_is_no_utf8(arrays: dict[str, np.ndarray], metadata: dict[str, Any]
     arrays["question_bytes"][arrays["question_offsets"][8]] = 0xFF
 
 
+def empty_question(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    arrays["question_offsets"][10] = arrays["question_offsets"][9]
+
+
 def meta_that_is_no_object(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     arrays["meta_bytes"][arrays["meta_offsets"][8]] = ord("(")
 
@@ -498,6 +513,10 @@ def another_tokenizer(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -
 
 def count_of_a_source(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     metadata["stats"]["sources"]["r"]["answer_tokens"] += 1
+
+
+def count_of_unanswerable(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    metadata["stats"]["sources"]["r"]["unanswerable"] += 1
 
 
 def count_of_contexts(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
@@ -533,11 +552,13 @@ def header_without_counts(arrays: dict[str, np.ndarray], metadata: dict[str, Any
         (reads_outside, "datapoint 8: it reads outside its context"),
         (context_that_nobody_shows_whole, "tokens are stored, datapoints show"),
         (repeated_id, "the id 'e0@L2' stands in shard-00000.safetensors already"),
-        (text_that_is_no_utf8, "datapoint 8 (e2@L6): its question is not UTF-8"),
-        (meta_that_is_no_object, "datapoint 8 (e2@L6): its meta is not a JSON object"),
+        (text_that_is_no_utf8, "datapoint 8 (e2@L6): its question must be UTF-8 and not empty"),
+        (empty_question, "datapoint 9 (e3@L2): its question must be UTF-8 and not empty"),
+        (meta_that_is_no_object, "datapoint 8 (e2@L6): its meta must be a JSON object"),
         (another_build, "it belongs to build ffffffff.., expected"),
         (another_tokenizer, "its header has another oracle than the manifest"),
         (count_of_a_source, "source 'r': its header counts answer_tokens"),
+        (count_of_unanswerable, "source 'r': its header counts unanswerable 1, its arrays hold 0"),
         (count_of_contexts, "its header counts duplicates 1, its arrays hold 0"),
         (count_of_lengths, "its header counts input_lengths"),
         (offered_and_forgotten, "source 'r': 11 examples offered, but 10 kept and 0 left out"),
@@ -550,6 +571,12 @@ def test_what_a_shard_holds_is_checked(copy: Path, model: Path, edit: Change, wo
     assert any(
         problem.split(": ")[0].endswith("shard-00000.safetensors") and words in problem for problem in problems
     ), problems
+
+
+@pytest.mark.parametrize("edit", [text_that_is_no_utf8, count_of_contexts])
+def test_a_shard_without_a_manifest_is_checked_against_its_own_digest(copy: Path, edit: Change) -> None:
+    file = change(copy, edit, is_whole=False)
+    assert any("shard-00000.safetensors: damaged: digest expected" in problem for problem in verified(file))
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unnoticed(copy: Path) -> None:

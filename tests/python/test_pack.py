@@ -362,6 +362,29 @@ def test_the_summary_tells(tmp_path: Path, model: str) -> None:
     assert json.loads(json.dumps(summary)) == summary
 
 
+def test_the_summary_tells_what_is_unanswerable(tmp_path: Path, model: str) -> None:
+    rule = {"share": 0.5, "answer": "I cannot tell."}
+    texts = [f"She will go to city {i}." for i in range(30)]
+    for name, contexts in (("own", texts), ("same", texts[:1] * 30)):
+        lines = [{**ASKED, "id": f"{name}{i}", "context": context} for i, context in enumerate(contexts)]
+        write_lines(tmp_path / f"{name}.jsonl", lines)
+    sources = [
+        {"name": name, "kind": "records", "path": f"{name}.jsonl", "unanswerable": rule} for name in ("own", "same")
+    ]
+    summary = run(tmp_path, model, *sources)
+    told, missed = summary["unanswerable"], summary["without_donor"]
+    assert (summary["sources"]["own"]["unanswerable"], summary["sources"]["same"]["without_donor"]) == (told, missed)
+    assert 5 < told < 25
+    assert 5 < missed < 25
+    marked = [point.meta.get("unanswerable") for point in PackedDataset.open(tmp_path / "packed")]
+    assert marked.count(True) == told
+    text = summary_text(summary)
+    assert f"cannot tell {told} datapoints read a context that does not tell the answer; {missed} more were to" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert lines["own"].endswith(f"   {told} unanswerable")
+    assert lines["same"].endswith(f"   {missed} without a donor")
+
+
 def test_shares_part_the_total(tmp_path: Path, model: str) -> None:
     for name in "ab":
         write_lines(tmp_path / f"{name}.jsonl", [{**RECORDS[0], "id": f"{name}{i}"} for i in range(50)])
@@ -507,7 +530,7 @@ def test_real_files_equal_the_reference(tmp_path: Path) -> None:
     num_layers = data.manifest["targets"]["base"]["num_layers"]
     layers = [resolve_layer(depth, num_layers) for depth in recipe.data.read_depths]
     settings = slow.Settings(num_layers=num_layers, read_layers=layers)
-    expected, drops = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
+    expected, drops, _ = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
     assert [datapoint.id for datapoint in data] == [datapoint.id for datapoint in expected]
     assert data.manifest["drops"] == drops
     for datapoint, right in zip(data, expected, strict=True):

@@ -246,13 +246,17 @@ def require_equal(root: Path, out: Path, model: str, *, end_of_turn: str, data: 
         if source["kind"] == "latentqa":
             source["qa"] = json.loads((root / source["path"] / "qa.json").read_bytes())
         sources.append((source, read_tables(source, root)))
-    expected, drops = build_all(Reference(model_folder(model), end_of_turn=end_of_turn), settings, sources)
+    reference = Reference(model_folder(model), end_of_turn=end_of_turn)
+    expected, drops, without_donor = build_all(reference, settings, sources)
     assert [datapoint.id for datapoint in packed] == [datapoint.id for datapoint in expected]
     for found, wanted in zip(packed, expected, strict=True):
         for field, value in asdict(wanted).items():
             got = getattr(found, field)
             assert (got.tolist() if isinstance(got, np.ndarray) else got) == value, (wanted.id, field)
     assert packed.manifest["drops"] == drops
+    counts = packed.manifest["counts"]
+    assert counts["unanswerable"] == sum(point.meta.get("unanswerable") is True for point in expected)
+    assert counts["without_donor"] == without_donor
     return packed
 
 
@@ -286,8 +290,62 @@ def test_unanswerable_examples_equal_the_reference(tmp_path: Path, models: dict[
     packed = require_equal(
         tmp_path, tmp_path / "packed", str(models["qwen"]), end_of_turn=END_OF_TURN["qwen"], data=data
     )
-    share = np.mean([datapoint.answer == rule["answer"] for datapoint in packed])
-    assert 0.3 < share < 0.5
+    told = [datapoint for datapoint in packed if datapoint.answer == rule["answer"]]
+    assert 0.3 < len(told) / len(packed) < 0.5
+    assert all(datapoint.meta["unanswerable"] for datapoint in told)
+    assert len(told) == packed.manifest["counts"]["unanswerable"]
+
+
+def test_an_unanswerable_example_without_a_donor_is_counted(tmp_path: Path, models: dict[str, Path]) -> None:
+    lines = [{"id": f"r{number}", "context": "One text.", "question": "What?", "answer": "It."} for number in range(9)]
+    write_jsonl(tmp_path / "same.jsonl", lines)
+    source = {
+        "name": "same",
+        "kind": "records",
+        "path": "same.jsonl",
+        "unanswerable": {"share": 0.999, "answer": "No."},
+    }
+    packed = require_equal(
+        tmp_path, tmp_path / "packed", str(models["qwen"]), end_of_turn=END_OF_TURN["qwen"], data={"sources": [source]}
+    )
+    counts = packed.manifest["sources"]["same"]
+    assert (counts["unanswerable"], counts["without_donor"]) == (0, 9)
+    assert {point.answer for point in packed} == {"It."}
+
+
+def test_texts_with_several_labels_equal_the_reference(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A line for each name in a sentence, and claims about one text that are labelled each for itself."""
+    names = ["Ada", "Bob", "Cleo", "Dan", "Eve"]
+    told = {f"Sentence {number}.": {names[number % 5], names[number * 3 % 5], names[0]} for number in range(30)}
+    told["Everybody came."] = set(names)
+    rows = [
+        {"text": text, "label": name, "about": name[::-1]} for text, named in told.items() for name in sorted(named)
+    ]
+    write_jsonl(tmp_path / "names.jsonl", rows)
+    claims = [{"text": "A premise.", "claim": f"Claim {number}.", "label": number % 2 == 0} for number in range(12)]
+    write_jsonl(tmp_path / "claims.jsonl", claims)
+    asked_twice = {
+        "questions": ["Is {label} in it?", "Who is {about} backwards?"],
+        "questions_per_text": 2,
+        "count": 150,
+    }
+    sources = [
+        {"name": "names", "kind": "classification", "path": "names.jsonl", **asked_twice},
+        {"name": "claims", "kind": "classification", "path": "claims.jsonl", "questions": ["{claim} Is that {label}?"]},
+    ]
+    packed = require_equal(
+        tmp_path, tmp_path / "packed", str(models["qwen"]), end_of_turn=END_OF_TURN["qwen"], data={"sources": sources}
+    )
+    answers = set()
+    for point in packed:
+        if point.source == "names" and point.question.startswith("Is "):
+            text = rows[int(point.id.split("/")[1])]["text"]
+            assert (point.question.split()[1] in told[text]) == (point.answer == "Yes"), (text, point.question)
+            answers.add(point.answer)
+    assert answers == {"Yes", "No"}
+    # Of the sentence that names all, nothing can be asked that is wrong.
+    assert 0 < packed.manifest["drops"]["no_wrong_label"] < 5
+    assert packed.manifest["sources"]["claims"]["examples"] == 12
 
 
 REAL_SOURCES: list[dict[str, Any]] = [

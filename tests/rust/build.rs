@@ -9,10 +9,12 @@ use std::sync::Arc;
 
 use ao_core::folder::{Part, merge};
 use ao_core::frame::Framer;
-use ao_core::layout::decode;
+use ao_core::layout::{decode, metadata};
 use ao_core::pack::{PackWriter, Progress, Run};
 use ao_core::sample::Draws;
+use ao_core::shard::encode;
 use ao_core::source::{Source, Survey};
+use ao_core::stats::Stats;
 use serde_json::{Value, json};
 
 fn part(index: usize, of: usize) -> Run {
@@ -63,6 +65,24 @@ fn a_part_on_another_disk_can_be_copied_in() {
     assert_eq!(common::files(here.path()), whole(&framer));
 }
 
+/// Flip a bit of the last of `bytes` where they stand in a file for the last time.
+fn flip(file: &Path, bytes: &[u8]) {
+    let mut content = std::fs::read(file).unwrap();
+    let at = content.windows(bytes.len()).rposition(|window| window == bytes).unwrap();
+    content[at + bytes.len() - 1] ^= 1;
+    std::fs::write(file, content).unwrap();
+}
+
+/// Write a shard anew with another answer, whole and of the same build.
+fn other_answer(file: &Path) {
+    let mut datapoints = decode(file).unwrap();
+    datapoints[0].answer = Arc::from("another");
+    let header: Value = serde_json::from_str(&metadata(file).unwrap()).unwrap();
+    let fields = ["build", "shard", "stats", "fingerprints"].map(|name| (name.to_owned(), header[name].clone()));
+    let header = Value::Object(fields.into_iter().collect());
+    std::fs::write(file, encode(&datapoints, &mut Stats::default(), |_| header).unwrap()).unwrap();
+}
+
 #[test]
 fn a_merge_proves_every_shard() {
     let framer = common::gemma();
@@ -78,14 +98,9 @@ fn a_merge_proves_every_shard() {
     };
     let shard = "shard-00003.safetensors";
     assert!(build(&|folder| std::fs::remove_file(folder.join(shard)).unwrap()).contains("no such file"));
-    let flip = |folder: &Path| {
-        let mut bytes = std::fs::read(folder.join(shard)).unwrap();
-        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let text = bytes[header..].windows(4).position(|bytes| bytes == b"What").unwrap();
-        bytes[header + text] ^= 1;
-        std::fs::write(folder.join(shard), bytes).unwrap();
-    };
-    assert!(build(&flip).contains("not the file that its part wrote"));
+    let flip = |folder: &Path| flip(&folder.join(shard), b"What");
+    assert!(build(&flip).contains("damaged: digest expected"));
+    assert!(build(&|folder| other_answer(&folder.join(shard))).contains("not the file that its part wrote"));
     let cut = |folder: &Path| {
         let bytes = std::fs::read(folder.join(shard)).unwrap();
         std::fs::write(folder.join(shard), &bytes[..bytes.len() - 8]).unwrap();
@@ -174,6 +189,50 @@ fn shards_that_are_there_are_not_built_again() {
     let progress = common::add(&mut writer, &framer, &common::records_source(), 0, &common::records()).unwrap();
     assert_eq!(progress.offered, 28);
     assert!(progress.skipped >= 15, "{progress:?}");
+}
+
+#[test]
+fn a_damaged_shard_is_named_and_only_it_is_built_again() {
+    let framer = common::gemma();
+    let expected = whole(&framer);
+    let shard = "shard-00001.safetensors";
+    let flips: [(&[u8], &str); 3] = [
+        (b"What", "damaged: digest expected"),
+        (br#"\"offered\":5"#, "damaged: digest expected"),
+        (b"__metadata__", "no shard header"),
+    ];
+    for (bytes, what) in flips {
+        let folder = tempfile::tempdir().unwrap();
+        stop_early(&framer, folder.path(), 28);
+        flip(&folder.path().join(shard), bytes);
+        let error = common::pack_with(&framer, folder.path(), &settings(), RESUME).unwrap_err().to_string();
+        assert!(error.contains(shard) && error.contains(what), "{error}");
+        assert!(error.ends_with("; remove this file and go on with --resume"), "{error}");
+        std::fs::remove_file(folder.path().join(shard)).unwrap();
+        common::pack_with(&framer, folder.path(), &settings(), RESUME).unwrap();
+        assert_eq!(common::files(folder.path()), expected);
+    }
+}
+
+#[test]
+fn a_finished_part_that_is_run_again_is_compared_with_what_it_wrote() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    let shard = folder.path().join("shard-00002.safetensors");
+    let again = Run { resume: true, ..part(0, 2) };
+    for run in [part(0, 2), part(1, 2), again] {
+        common::pack_with(&framer, folder.path(), &settings(), run).unwrap();
+    }
+    other_answer(&shard);
+    let error = common::pack_with(&framer, folder.path(), &settings(), again).unwrap_err().to_string();
+    assert!(
+        error.contains("it is not the file that its part wrote; remove this file and go on with --resume"),
+        "{error}"
+    );
+    std::fs::remove_file(shard).unwrap();
+    common::pack_with(&framer, folder.path(), &settings(), again).unwrap();
+    merge(folder.path()).unwrap();
+    assert_eq!(common::files(folder.path()), whole(&framer));
 }
 
 #[test]
@@ -267,7 +326,7 @@ fn surveyed(source: &Value, rows: &[Value]) -> (Arc<Source>, Option<usize>) {
     assert!(survey.is_needed());
     survey.add(&common::table(source), 0, &rows[..rows.len() / 2]);
     survey.add(&common::table(source), rows.len() / 2, &rows[rows.len() / 2..]);
-    let (source, examples) = survey.settle();
+    let (source, examples) = survey.settle().unwrap();
     (Arc::new(source), examples)
 }
 
@@ -337,6 +396,119 @@ fn labelled_texts_are_asked_about_labels_that_are_not_worded_alike() {
         }
     }
     assert!(yes + no == 40 && yes > 10 && no > 10, "each text is asked both ways: {yes} {no}");
+}
+
+#[test]
+fn a_table_that_leaves_nothing_to_ask_wrongly_stops_the_build() {
+    let described = json!({"name": "c", "kind": "classification", "label": "y", "questions": ["Is it {label}?"],
+        "reads": [{"share": 1, "all": true}]});
+    let settled = |labels: &Value, questions: &Value, values: &[&str]| {
+        let mut described = described.clone();
+        described["labels"] = labels.clone();
+        described["questions"] = questions.clone();
+        let lines: Vec<String> = values.iter().map(|label| json!({"text": "a", "y": label}).to_string()).collect();
+        let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+        let mut survey = Survey::new(&described.to_string()).unwrap();
+        survey.add(&common::table(&described), 0, &rows);
+        survey.settle().map(|_| ()).map_err(|error| error.to_string())
+    };
+    let asks = json!(["Is it {label}?"]);
+    for (labels, values) in [(json!({}), ["1", "1"]), (json!({"0": ["so"], "1": ["so"]}), ["0", "1"])] {
+        let error = settled(&labels, &asks, &values).unwrap_err();
+        assert!(error.contains("source \"c\"") && error.contains("needs two labels or more"), "{error}");
+        settled(&labels, &json!(["What is it?"]), &values).unwrap();
+    }
+    settled(&json!({}), &asks, &["0", "1"]).unwrap();
+    settled(&json!({}), &asks, &[]).unwrap();
+}
+
+/// Labels that are given do not tell which of them one text has.
+#[test]
+fn given_labels_are_surveyed_where_a_question_asks_for_one() {
+    let needs = |question: &str| {
+        let described = json!({"name": "c", "kind": "classification", "questions": [question], "words": ["a", "b"]});
+        Survey::new(&described.to_string()).unwrap().is_needed()
+    };
+    assert!(needs("Is it {label}?") && !needs("What is it?"));
+}
+
+#[test]
+fn errors_of_settings_are_not_passed_over() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    let described = json!({"name": "qa", "kind": "latentqa", "questions": {"a": [["What?", "It."]]}});
+    let source = Arc::new(Source::from_json(&described.to_string()).unwrap());
+    let run = Run { max_errors: usize::MAX, ..Run::default() };
+    let mut writer = PackWriter::new(folder.path(), &framer, &settings().to_string(), run).unwrap();
+    let row = json!({"label": "a", "control_user": "Hi."}).to_string();
+    let error = writer
+        .add(&framer, &source, &common::table(&described), 0, &[row.as_bytes(); 5])
+        .map(|_| ())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("settings: a LatentQA table has type"), "{error}");
+}
+
+#[test]
+fn what_is_common_is_counted_by_itself() {
+    let framer = common::gemma();
+    let sound = json!({"context": "a b", "question": "q", "answer": "a"});
+    let cases = [
+        ("context", json!(""), "empty_context"),
+        ("context", json!([]), "empty_context"),
+        ("context", json!([{"role": "user", "content": ""}]), "empty_context"),
+        ("question", json!(" "), "empty_question"),
+        ("answer", json!(""), "empty_answer"),
+        ("positions", json!([9]), "position_out_of_range"),
+        ("layers", json!([12]), "layer_out_of_range"),
+        ("layers", json!([6, 0.5]), "repeated_layer"),
+        ("id", json!(""), "bad_field"),
+    ];
+    let mut expected = std::collections::BTreeMap::<&str, u64>::new();
+    let mut rows = vec![sound.clone()];
+    for (field, value, reason) in &cases {
+        let mut row = sound.clone();
+        row[field] = value.clone();
+        rows.push(row);
+        *expected.entry(reason).or_default() += 1;
+    }
+    for (number, row) in rows.iter_mut().enumerate() {
+        if row["id"].is_null() {
+            row["id"] = json!(format!("r{number}"));
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run { max_errors: cases.len(), ..Run::default() };
+    let mut writer = PackWriter::new(folder.path(), &framer, &settings().to_string(), run).unwrap();
+    common::add(&mut writer, &framer, &common::records_source(), 0, &rows).unwrap();
+    let manifest: Value = serde_json::from_str(&writer.finish(&framer).unwrap()).unwrap();
+    assert_eq!(manifest["errors"], json!(expected));
+}
+
+#[test]
+fn ids_of_records_and_ids_that_are_made_cannot_meet() {
+    let framer = common::gemma();
+    let record = |id: &str| vec![json!({"id": id, "context": "a b", "question": "q", "answer": "a"})];
+    let (records, texts) = (common::records_source(), common::lens_source());
+    let add = |id: &str, is_first: bool| {
+        let folder = tempfile::tempdir().unwrap();
+        let run = Run { max_errors: usize::MAX, ..Run::default() };
+        let mut writer = PackWriter::new(folder.path(), &framer, &settings().to_string(), run).unwrap();
+        let mut sources = [(&records, record(id)), (&texts, common::texts())];
+        if !is_first {
+            sources.reverse();
+        }
+        sources.iter().try_for_each(|(source, rows)| {
+            common::add(&mut writer, &framer, source, 0, rows).map(|_| ()).map_err(|error| error.to_string())
+        })
+    };
+    for is_first in [true, false] {
+        let error = add("texts/0/0", is_first).unwrap_err();
+        assert!(error.contains("begin with \"texts/\"") && error.contains("rename the source"), "{error}");
+        for id in ["records/0", "texts", "textures/0/0", "a/texts/0"] {
+            add(id, is_first).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -275,6 +275,9 @@ fn a_bad_example_is_named_and_leaves_nothing_half_written() {
         (json!({"layers": []}), "\"layers\" is an empty list"),
         (json!({"layers": [12]}), "the model has layers 0 to 11"),
         (json!({"layers": [1.0]}), "the model has layers 0 to 11"),
+        (json!({"layers": [6, 0.5]}), "\"layers\" names layer 6 twice"),
+        (json!({"question": " \n"}), "example \"broken\": the question is empty"),
+        (json!({"id": ""}), "records.jsonl: line 2: the id is empty"),
         (json!({"read": [{"start": 0, "end": 9}]}), "outside the context"),
         (json!({"context": chat, "read": [{"message": 4}]}), "names message 4"),
         (json!({"id": "sound"}), "ids must be unique"),
@@ -282,7 +285,8 @@ fn a_bad_example_is_named_and_leaves_nothing_half_written() {
     for (changes, what) in cases {
         let (error, files) = refused(&changes);
         let text = error.to_string();
-        assert!(text.contains("source \"records\"") && text.contains(what), "{text} does not contain {what}");
+        assert!(text.contains("source \"records\", records.jsonl: line 2"), "{text} names no place");
+        assert!(text.contains(what), "{text} does not contain {what}");
         let kept: Vec<&String> = files.keys().filter(|name| !name.starts_with(".lock")).collect();
         assert_eq!(kept, ["shard-00000.safetensors"], "what was finished before stays, and nothing else");
     }

@@ -100,6 +100,7 @@ def _shard(
     if "sha256" in entry:
         _ao.verify_shard(str(file), entry["sha256"])
     _ao.shard_layout(str(file))
+    _ao.check_digest(str(file))
     header = json.loads(_ao.shard_metadata(str(file)))
     arrays = load_file(file)
     done.shards += 1
@@ -161,7 +162,7 @@ def _counts(shard: _Arrays, entry: Mapping[str, Any]) -> Iterator[str]:
     for name, expected in _measured(shard).items():
         if (said := stats[name]) != expected:
             yield f"its header counts {name} {_short(said)}, its arrays hold {_short(expected)}; {_REMEDY}"
-    listed = shard.header["sources"]
+    listed, metas = shard.header["sources"], shard.texts("meta")
     for name, said in stats["sources"].items():
         rows_N = shard["source"] == (listed.index(name) if name in listed else 256)
         lengths_N, answers_N = shard.lengths_N[rows_N], shard["answer_start"][rows_N]
@@ -170,6 +171,7 @@ def _counts(shard: _Arrays, entry: Mapping[str, Any]) -> Iterator[str]:
             "input_tokens": int(lengths_N.sum()),
             "answer_tokens": int((lengths_N - answers_N).sum()),
             "context_tokens_read": int(shard["context_length"][rows_N].sum()),
+            "unanswerable": sum(_is_unanswerable(metas[row]) for row in np.flatnonzero(rows_N)),
         }
         if said["answers"]:
             answers = shard.texts("answer")
@@ -187,6 +189,16 @@ def _counts(shard: _Arrays, entry: Mapping[str, Any]) -> Iterator[str]:
         total = sum(source[name] for source in stats["sources"].values())
         if (said := entry.get(name, total)) != total:
             yield f"the manifest says {said} {name}, its header {total}; {_REMEDY}"
+
+
+def _is_unanswerable(meta: bytes) -> bool:
+    """Whether a datapoint's meta says that its context does not tell the answer."""
+    if b'"unanswerable":true' not in meta:
+        return False
+    try:
+        return bool(json.loads(meta).get("unanswerable") is True)
+    except (ValueError, AttributeError):
+        return False
 
 
 def _measured(shard: _Arrays) -> dict[str, Any]:
@@ -286,11 +298,11 @@ def _reads(shard: _Arrays, target: Mapping[str, Any]) -> Iterator[_Problem]:
 def _texts(shard: _Arrays) -> Iterator[_Problem]:
     for name in ("id", "question", "answer", "meta"):
         bad = [row for row, text in enumerate(shard.texts(name)) if not _is_fine(name, text)]
-        expected = {"meta": "a JSON object", "question": "UTF-8"}.get(name, "UTF-8 and not empty")
+        expected = "a JSON object" if name == "meta" else "UTF-8 and not empty"
         yield (
             "datapoint",
             np.array(bad, dtype=np.int64),
-            lambda row, name=name, expected=expected: f"its {name} is not {expected}; {_REMEDY}",
+            lambda row, name=name, expected=expected: f"its {name} must be {expected}; {_REMEDY}",
         )
 
 
@@ -298,7 +310,7 @@ def _is_fine(name: str, text: bytes) -> bool:
     try:
         if name == "meta":
             return not text or isinstance(json.loads(text), dict)
-        return bool(text.decode()) or name == "question"
+        return bool(text.decode())
     except ValueError:
         return False
 

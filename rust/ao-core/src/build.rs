@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 
-use crate::datapoint::{Common, Datapoint, Outcome, Question, datapoints, read_positions};
+use crate::datapoint::{Common, Datapoint, Outcome, Question, UNANSWERABLE, datapoints, read_positions};
 use crate::error::{Error, Result};
 use crate::frame::{FramedContext, Framer};
 use crate::lens;
 use crate::sample::Draws;
-use crate::source::{About, Asked, Body, Source, Unit};
+use crate::source::{About, Asked, Body, Posed, Source, Unit};
 use crate::stats::Stats;
 
 /// How often another context is drawn for an unanswerable example before it stays as it is.
@@ -46,9 +47,9 @@ pub(crate) fn gather(units: &[Unit], outcomes: Outcomes) -> (Vec<Datapoint>, Sta
         for outcome in outcomes.by_ref().take(num_examples) {
             counts.offered += 1;
             match outcome {
-                Outcome::Kept(datapoints) => {
-                    counts.keep(&datapoints, source.counts_answers());
-                    kept.extend(datapoints);
+                Outcome::Kept(example) => {
+                    counts.keep(&example, source.counts_answers());
+                    kept.extend(example.datapoints);
                 }
                 Outcome::Dropped(reason) => counts.drop_one(reason),
                 Outcome::Bad(error) => counts.pass_over(error.reason()),
@@ -92,10 +93,7 @@ impl Run<'_> {
                             Ok(framed) => self.outcome(framed, unit, asked, at),
                             Err(error) => Err(error.again()),
                         };
-                        let id = || unit.source.example_id(&unit.id, at);
-                        outcomes.push(
-                            outcome.unwrap_or_else(|error| Outcome::Bad(error.in_example(&unit.source.name, &id()))),
-                        );
+                        outcomes.push(outcome.unwrap_or_else(|error| Outcome::Bad(unit.error(at, error))));
                     }
                 }
             }
@@ -104,14 +102,24 @@ impl Run<'_> {
     }
 
     fn outcome(&self, framed: &Framed, unit: &Unit, asked: &Asked, at: u32) -> Result<Outcome> {
-        let Some(mut question) = unit.source.question(unit, asked, at)? else {
-            return self.lens(framed, unit, at);
+        let mut question = match unit.source.question(unit, asked, at)? {
+            Posed::Written(question) => question,
+            Posed::OfTokens => return self.lens(framed, unit, at),
+            Posed::Dropped(reason) => return Ok(Outcome::Dropped(reason)),
         };
-        if let Some((donor, answer)) = self.donor(unit, asked, &question.id) {
-            question.answer = answer;
-            return self.answer(&Framed::new(self.framer, donor)?, unit, donor, question);
-        }
-        self.answer(framed, unit, asked, question)
+        let Some((mut draws, answer)) = unanswerable(unit, &question.id) else {
+            return self.answer(framed, unit, asked, question);
+        };
+        let Some(donor) = self.donor(unit, asked, &mut draws) else {
+            let mut outcome = self.answer(framed, unit, asked, question)?;
+            if let Outcome::Kept(kept) = &mut outcome {
+                kept.lacks_donor = true;
+            }
+            return Ok(outcome);
+        };
+        answer.clone_into(&mut question.answer);
+        question.meta.insert(UNANSWERABLE.to_owned(), Value::Bool(true));
+        self.answer(&Framed::new(self.framer, donor)?, unit, donor, question)
     }
 
     /// A question that was written.
@@ -141,7 +149,7 @@ impl Run<'_> {
             answer: window.answer,
             layers: None,
             target: crate::example::Kind::Base,
-            meta: "{}".to_owned(),
+            meta: Map::new(),
         };
         self.datapoints(framed, unit, window.read_positions, question)
     }
@@ -151,23 +159,22 @@ impl Run<'_> {
         datapoints(self.framer, self.common, layers, &framed.ids, positions, question)
     }
 
-    /// Another unit's context for an example that is to be unanswerable, and what it answers then.
-    fn donor(&self, unit: &Unit, asked: &Asked, id: &str) -> Option<(&Asked, String)> {
-        let unanswerable = unit.source.unanswerable.as_ref()?;
-        let mut draws = Draws::new(unit.source.seed, id, "unanswerable");
-        if draws.unit() >= unanswerable.share {
-            return None;
-        }
+    /// Another unit's context for an example that is to be unanswerable.
+    fn donor(&self, unit: &Unit, asked: &Asked, draws: &mut Draws) -> Option<&Asked> {
         let of_source = self.donors.of_source(&unit.source);
         let is_other = |other: &Asked| match (&asked.label, &other.label) {
             (Some(own), Some(label)) => own != label,
             _ => asked.context != other.context,
         };
-        (0..DONOR_DRAWS)
-            .map(|_| of_source[draws.below(of_source.len() as u64) as usize])
-            .find(|other| is_other(other))
-            .map(|other| (other, unanswerable.answer.clone()))
+        (0..DONOR_DRAWS).map(|_| of_source[draws.below(of_source.len() as u64) as usize]).find(|other| is_other(other))
     }
+}
+
+/// For an example that is to be unanswerable, the draws that find its context, and what it answers then.
+fn unanswerable<'a>(unit: &'a Unit, id: &str) -> Option<(Draws, &'a str)> {
+    let unanswerable = unit.source.unanswerable.as_ref()?;
+    let mut draws = Draws::new(unit.source.seed, id, "unanswerable");
+    (draws.unit() < unanswerable.share).then_some((draws, &*unanswerable.answer))
 }
 
 /// The contexts that an unanswerable example can be given, by the address of their source.

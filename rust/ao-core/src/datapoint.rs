@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::example::{Kind, Layer, Positions};
 use crate::frame::Framer;
+use crate::manifest::canonical_json;
 use crate::sample::Draws;
+use crate::source::strip;
 
 /// One unit of training: an oracle prompt with its answer, and where its placeholders get their vectors.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,11 +79,22 @@ pub struct Share {
     pub positions: Positions,
 }
 
+/// What an example that is kept makes.
+#[derive(Debug)]
+pub struct Kept {
+    /// Its datapoints.
+    pub datapoints: Vec<Datapoint>,
+    /// Whether its `meta` says that the context does not tell the answer.
+    pub is_unanswerable: bool,
+    /// Whether it was to be so, but no other context was found for it.
+    pub lacks_donor: bool,
+}
+
 /// What became of an example.
 #[derive(Debug)]
 pub enum Outcome {
-    /// Its datapoints.
-    Kept(Vec<Datapoint>),
+    /// What was made of it.
+    Kept(Kept),
     /// Left out, for this reason.
     Dropped(&'static str),
     /// It cannot be used.
@@ -97,9 +111,11 @@ pub(crate) struct Question {
     /// Which layers are read, where the example says it.
     pub(crate) layers: Option<Vec<Layer>>,
     pub(crate) target: Kind,
-    /// Canonical JSON.
-    pub(crate) meta: String,
+    pub(crate) meta: Map<String, Value>,
 }
+
+/// What stands in the `meta` of an example whose context does not tell the answer.
+pub(crate) const UNANSWERABLE: &str = "unanswerable";
 
 /// The datapoints of one question about `read_positions` of `context`.
 ///
@@ -113,31 +129,35 @@ pub(crate) fn datapoints(
     read_positions: Vec<i32>,
     question: Question,
 ) -> Result<Outcome> {
+    if strip(&question.text).is_empty() {
+        return Err(Error::value("empty_question", "the question is empty; give it text"));
+    }
     let length = read_positions.iter().max().map_or(0, |&last| last as usize + 1);
     if length > common.max_context_tokens {
         return Ok(Outcome::Dropped("context_too_long"));
     }
     let layers = layers_of(common, layers_per_example, &question)?;
     let answer_ids = framer.answer(&question.answer)?;
+    let is_unanswerable = question.meta.get(UNANSWERABLE) == Some(&Value::Bool(true));
     let shared = Shared {
         source: question.source,
         context_ids: ContextIds::new(Arc::clone(context), length),
         question: Arc::from(question.text),
         answer: Arc::from(question.answer),
-        meta: Arc::from(question.meta),
+        meta: Arc::from(canonical_json(&Value::Object(question.meta))),
         read_positions,
         kind: question.target.code(),
         answer_ids,
     };
     let each = layers_per_example == LayersPerExample::Each;
-    let mut kept = Vec::with_capacity(layers.len());
+    let mut kept = Kept { datapoints: Vec::with_capacity(layers.len()), is_unanswerable, lacks_donor: false };
     for layers in layers {
         let id = if each { format!("{}@L{}", question.id, layers[0]) } else { question.id.clone() };
         let datapoint = shared.datapoint(framer, id, &layers)?;
         if datapoint.input_ids.len() > common.max_input_tokens {
             return Ok(Outcome::Dropped("input_too_long"));
         }
-        kept.push(datapoint);
+        kept.datapoints.push(datapoint);
     }
     Ok(Outcome::Kept(kept))
 }
@@ -255,11 +275,12 @@ fn choose(rule: &Positions, readable: &[i32], draws: &mut Draws) -> Result<Vec<i
             .map(|&index| {
                 let at = if index < 0 { index + available as i64 } else { index };
                 usize::try_from(at).ok().and_then(|at| readable.get(at).copied()).ok_or_else(|| {
-                    Error::input(format!(
+                    let what = format!(
                         "\"positions\" names index {index}, but there are {available} readable tokens; expected {} to {}",
                         -(available as i64),
                         available - 1
-                    ))
+                    );
+                    Error::value("position_out_of_range", what)
                 })
             })
             .collect(),
@@ -274,13 +295,17 @@ fn choose(rule: &Positions, readable: &[i32], draws: &mut Draws) -> Result<Vec<i
 
 /// The layers of each of the example's datapoints.
 fn layers_of(common: &Common, layers_per_example: LayersPerExample, question: &Question) -> Result<Vec<Vec<usize>>> {
-    let layers = match &question.layers {
+    let layers: Vec<usize> = match &question.layers {
         None => common.read_layers.clone(),
         Some(layers) if layers.is_empty() => {
             return Err(Error::input("\"layers\" is an empty list; name at least one layer or leave it out"));
         }
         Some(layers) => layers.iter().map(|layer| layer.resolve(common.num_layers)).collect::<Result<_>>()?,
     };
+    if let Some(at) = (1..layers.len()).find(|&at| layers[..at].contains(&layers[at])) {
+        let what = format!("\"layers\" names layer {} twice; name each layer once, as index or as depth", layers[at]);
+        return Err(Error::value("repeated_layer", what));
+    }
     Ok(match layers_per_example {
         LayersPerExample::Each => layers.into_iter().map(|layer| vec![layer]).collect(),
         LayersPerExample::Together => vec![layers],

@@ -38,6 +38,14 @@ pub enum Error {
     /// An argument or a field has a value that cannot be used.
     #[error("{0}")]
     Input(String),
+    /// A field of an example has a value that cannot be used, and that is common enough to be counted by itself.
+    #[error("{what}")]
+    Value {
+        /// In one word, for counts.
+        reason: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The settings of a writer or of a source cannot be used.
     #[error("settings: {0}")]
     Settings(String),
@@ -57,22 +65,26 @@ pub enum Error {
     #[error("the id was used before; ids must be unique in a data set, so rename one of the two")]
     RepeatedId,
     /// One example cannot be packed.
-    #[error("source {origin:?}, example {id:?}: {error}")]
+    #[error("source {origin:?}, {place}, example {id:?}: {error}")]
     Example {
         /// The source's name.
         origin: String,
+        /// The file and the row, as people count.
+        place: String,
         /// The example's id.
         id: String,
         /// What is wrong with it.
         error: Box<Error>,
     },
     /// A shard does not hold what it should.
-    #[error("{}: {what}", path.display())]
+    #[error("{}: {what}; {remedy}", path.display())]
     Shard {
         /// The shard.
         path: PathBuf,
         /// What is wrong with it.
         what: String,
+        /// What to do.
+        remedy: &'static str,
     },
     /// A plan cannot be made from these arguments.
     #[error("plan: {0}")]
@@ -102,6 +114,14 @@ impl Error {
         Self::Settings(what.to_string())
     }
 
+    /// The same error as one of a source's settings.
+    pub(crate) fn in_settings_of(self, source: &str) -> Self {
+        match self {
+            Self::Settings(what) => Self::settings(format!("source {source:?}: {what}")),
+            other => Self::settings(format!("source {source:?}: {other}")),
+        }
+    }
+
     pub(crate) fn template(what: impl Display) -> Self {
         Self::Template(what.to_string())
     }
@@ -110,8 +130,21 @@ impl Error {
         Self::Tokenizer(what.to_string())
     }
 
+    pub(crate) fn value(reason: &'static str, what: impl Display) -> Self {
+        Self::Value { reason, what: what.to_string() }
+    }
+
+    /// Something wrong with a shard of a finished data set.
     pub(crate) fn shard(path: &Path, what: impl Display) -> Self {
-        Self::Shard { path: path.to_owned(), what: what.to_string() }
+        Self::Shard { path: path.to_owned(), what: what.to_string(), remedy: "build the packed data set again" }
+    }
+
+    /// The same error with another remedy, where it is one of a shard.
+    pub(crate) fn with_remedy(self, remedy: &'static str) -> Self {
+        match self {
+            Self::Shard { path, what, .. } => Self::Shard { path, what, remedy },
+            other => other,
+        }
     }
 
     /// An operating system error at `path`; a missing file is told apart, so that Python can raise its own error.
@@ -128,12 +161,21 @@ impl Error {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Row { reason, .. } => reason,
+            Self::Row { reason, .. } | Self::Value { reason, .. } => reason,
             Self::Example { error, .. } => error.reason(),
             Self::RepeatedId => "duplicate_id",
             Self::Tokenizer(_) => "tokenizer",
             Self::Template(_) => "template",
             _ => "bad_value",
+        }
+    }
+
+    /// Whether the settings are wrong, and not the example at which it showed.
+    pub(crate) fn is_of_settings(&self) -> bool {
+        match self {
+            Self::Settings(_) => true,
+            Self::Example { error, .. } => error.is_of_settings(),
+            _ => false,
         }
     }
 
@@ -143,9 +185,9 @@ impl Error {
             Self::Row { origin, place, reason, what } => {
                 Self::Row { origin: origin.clone(), place: place.clone(), reason, what: what.clone() }
             }
-            Self::Example { origin, id, error } => {
-                Self::Example { origin: origin.clone(), id: id.clone(), error: Box::new(error.again()) }
-            }
+            Self::Example { origin, place, id, error } => error.again().in_example(origin, place, id),
+            Self::Value { reason, what } => Self::value(reason, what),
+            Self::Settings(what) => Self::Settings(what.clone()),
             Self::Template(what) => Self::Template(what.clone()),
             Self::Tokenizer(what) => Self::Tokenizer(what.clone()),
             Self::RepeatedId => Self::RepeatedId,
@@ -156,7 +198,8 @@ impl Error {
 
     /// The same error, naming the example that it concerns.
     #[must_use]
-    pub fn in_example(self, origin: &str, id: &str) -> Self {
-        Self::Example { origin: origin.to_owned(), id: id.to_owned(), error: Box::new(self) }
+    pub fn in_example(self, origin: &str, place: &str, id: &str) -> Self {
+        let [origin, place, id] = [origin, place, id].map(str::to_owned);
+        Self::Example { origin, place, id, error: Box::new(self) }
     }
 }

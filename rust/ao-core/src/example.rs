@@ -175,11 +175,12 @@ impl Layer {
             }
         };
         usize::try_from(index).ok().filter(|&index| index < num_layers).ok_or_else(|| {
-            Error::input(format!(
+            let what = format!(
                 "layer {index} is out of range: the model has layers 0 to {}; give one of them, or a depth from 0 to \
                      below 1",
                 num_layers.saturating_sub(1)
-            ))
+            );
+            Error::value("layer_out_of_range", what)
         })
     }
 }

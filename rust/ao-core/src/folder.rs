@@ -1,6 +1,6 @@
 //! The folder of a build: which shards are there, to which build they belong, and the manifest made from them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::frame::Framer;
 use crate::layout;
 use crate::manifest::{canonical_json, sha256_hex, torn, write_atomic};
 use crate::settings::PackSettings;
-use crate::shard::SCHEMA;
+use crate::shard::{DIGEST_KEY, SCHEMA};
 use crate::stats::{LENGTH_EDGES, Stats};
 
 /// The file whose presence says that a data set is whole.
@@ -21,7 +21,10 @@ pub const MANIFEST: &str = "manifest.json";
 
 /// The version of everything that decides a datapoint beside its settings: draws, windows, questions, ids. It goes up
 /// whenever the same input would give other bytes, so that no build goes on with shards of another version.
-pub const RULES: u64 = 1;
+pub const RULES: u64 = 2;
+
+/// What mends a build that holds a damaged shard.
+const REMEDY: &str = "remove this file and go on with --resume";
 
 /// Which shards a process builds: those whose number is `index` modulo `of`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +168,15 @@ impl BuildFolder {
                 numbers.len()
             )));
         }
-        entries(&self.path, &self.identity.build, &numbers)
+        let entries = entries(&self.path, &self.identity.build, &numbers)?;
+        let part_path = self.path.join(part_name(self.part));
+        if part_path.exists() {
+            let finished = read_part(&part_path)?;
+            if finished.identity.build == self.identity.build {
+                require_written(&self.path, &entries, &listed(&finished.shards))?;
+            }
+        }
+        Ok(entries)
     }
 
     /// Write what a finished part or the whole data set needs, and return its text.
@@ -245,10 +256,19 @@ fn entries(folder: &Path, build: &str, numbers: &[usize]) -> Result<BTreeMap<usi
 
 fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
     let path = folder.join(shard_name(number));
-    let arrays = layout::layout(&path)?;
-    let metadata: Value = serde_json::from_str(&layout::metadata(&path)?).map_err(Error::input)?;
+    described(&path, build, number).map_err(|error| error.with_remedy(REMEDY))
+}
+
+fn described(path: &Path, build: &str, number: usize) -> Result<ShardEntry> {
+    let arrays = layout::layout(path)?;
+    let metadata: Value = serde_json::from_str(&layout::metadata(path)?).map_err(Error::input)?;
     let found = metadata["build"].as_str().unwrap_or_default();
-    if found != build || metadata["shard"].as_u64() != Some(number as u64) {
+    let is_ours = found == build && metadata["shard"].as_u64() == Some(number as u64);
+    // Only shards of an older version have no digest, and those are of another build.
+    if is_ours || !metadata[DIGEST_KEY].is_null() {
+        layout::check_digest(path)?;
+    }
+    if !is_ours {
         return Err(Error::input(format!(
             "{} belongs to another build: recipe, model, version or source files differ (expected build {build} and shard \
              {number}, got {found} and {}); remove the folder to build anew",
@@ -257,16 +277,30 @@ fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
         )));
     }
     let stats: Stats = serde_json::from_value(metadata["stats"].clone())
-        .map_err(|error| Error::shard(&path, format!("its counts cannot be read: {error}; remove it and resume")))?;
+        .map_err(|error| Error::shard(path, format!("its counts cannot be read: {error}")))?;
     let rows = arrays.iter().find(|array| array.name == "answer_start").map_or(0, |array| array.shape[0]);
     if !stats.are_of(rows) {
-        return Err(Error::shard(
-            &path,
-            format!("its counts are not those of its {rows} datapoints; remove it and resume"),
-        ));
+        return Err(Error::shard(path, format!("its counts are not those of its {rows} datapoints")));
     }
-    let (sha256, bytes) = layout::digest(&path)?;
+    let (sha256, bytes) = layout::digest(path)?;
     Ok(ShardEntry { number, sha256, bytes, stats })
+}
+
+/// The sha256 of shards by their file.
+fn listed<'a>(shards: impl IntoIterator<Item = &'a WrittenShard>) -> HashMap<&'a str, &'a str> {
+    shards.into_iter().map(|shard| (&*shard.file, &*shard.sha256)).collect()
+}
+
+/// Check that shards are the files that their parts wrote, of those that they list.
+fn require_written(folder: &Path, shards: &BTreeMap<usize, ShardEntry>, written: &HashMap<&str, &str>) -> Result<()> {
+    for shard in shards.values() {
+        let name = shard_name(shard.number);
+        if written.get(&*name).is_some_and(|sha256| *sha256 != shard.sha256) {
+            let what = "it is not the file that its part wrote";
+            return Err(Error::shard(&folder.join(name), what).with_remedy(REMEDY));
+        }
+    }
+    Ok(())
 }
 
 /// The manifest of a data set with these shards.
@@ -303,6 +337,8 @@ fn write_manifest(folder: &Path, identity: &Identity, shards: &BTreeMap<usize, S
             "contexts": stats.contexts,
             "context_tokens": stats.context_tokens,
             "context_tokens_read": total.context_tokens_read,
+            "unanswerable": total.unanswerable,
+            "without_donor": total.without_donor,
             "placeholders": stats.placeholders,
             "duplicates": stats.duplicates,
         },
@@ -352,14 +388,8 @@ struct PartFile {
     part: usize,
     of: usize,
     num_shards: usize,
-    shards: Vec<PartShard>,
+    shards: Vec<WrittenShard>,
     identity: Identity,
-}
-
-#[derive(Deserialize)]
-struct PartShard {
-    file: String,
-    sha256: String,
 }
 
 /// Prove that the parts in `folder` make one whole build, write its manifest and return its text. A merge that was
@@ -394,7 +424,7 @@ pub fn merge(folder: &Path) -> Result<String> {
             other.num_shards
         )));
     }
-    let mut listed = BTreeMap::new();
+    let mut numbers = BTreeSet::new();
     for shard in parts.iter().flat_map(|part| &part.shards) {
         let number = shard_number(&shard.file).filter(|&number| number < first.num_shards).ok_or_else(|| {
             Error::input(format!(
@@ -404,37 +434,39 @@ pub fn merge(folder: &Path) -> Result<String> {
                 first.num_shards
             ))
         })?;
-        listed.insert(number, &shard.sha256);
+        numbers.insert(number);
     }
-    if listed.len() != first.num_shards {
+    if numbers.len() != first.num_shards {
         return Err(Error::input(format!(
             "{}: the parts list {} shards of {}; build those again that lack some",
             folder.display(),
-            listed.len(),
+            numbers.len(),
             first.num_shards
         )));
     }
-    let numbers: Vec<usize> = listed.keys().copied().collect();
+    let numbers: Vec<usize> = numbers.into_iter().collect();
     let shards = entries(folder, &first.identity.build, &numbers)?;
-    if let Some(shard) = shards.values().find(|shard| *listed[&shard.number] != shard.sha256) {
-        return Err(Error::shard(
-            &folder.join(shard_name(shard.number)),
-            "it is not the file that its part wrote; build that part again",
-        ));
-    }
+    require_written(folder, &shards, &listed(parts.iter().flat_map(|part| &part.shards)))?;
     let text = write_manifest(folder, &first.identity, &shards)?;
     clean(folder)?;
     Ok(text)
+}
+
+fn read_part(path: &Path) -> Result<PartFile> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, "reading", error))?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Error::input(format!(
+            "{}: not what a part writes: {error}; remove it and build that part again",
+            path.display()
+        ))
+    })
 }
 
 /// All parts, of one division and complete.
 fn read_parts(folder: &Path) -> Result<Vec<PartFile>> {
     let mut parts: BTreeMap<usize, Vec<PartFile>> = BTreeMap::new();
     for name in names(folder)?.into_iter().filter(|name| is_part(name)) {
-        let path = folder.join(&name);
-        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, "reading", error))?;
-        let part: PartFile = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::input(format!("{}: not what a part writes: {error}", path.display())))?;
+        let part = read_part(&folder.join(&name))?;
         parts.entry(part.of).or_default().push(part);
     }
     let found: Vec<String> = parts.iter().map(|(of, parts)| format!("{} of {of}", parts.len())).collect();

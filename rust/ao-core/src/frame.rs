@@ -158,14 +158,18 @@ impl Framer {
             Context::Text(raw) => self.raw_context(raw)?,
             Context::Messages(messages) => {
                 if messages.is_empty() {
-                    return Err(Error::input("the context is an empty list of messages; give at least one"));
+                    return Err(Error::value(
+                        "empty_context",
+                        "the context is an empty list of messages; give at least one",
+                    ));
                 }
                 if let Some(at) = messages.iter().position(|message| message.content.is_empty()) {
-                    return Err(Error::input(format!(
+                    let what = format!(
                         "the content of message {at} of {} (role {:?}) is empty; give it text, or leave the message out",
                         messages.len(),
                         messages[at].role
-                    )));
+                    );
+                    return Err(Error::value("empty_context", what));
                 }
                 let text;
                 (text, located) = self.template.join(messages, generation(messages))?;
@@ -174,14 +178,14 @@ impl Framer {
             }
         };
         if ids.is_empty() {
-            return Err(Error::input("the context has no token"));
+            return Err(Error::value("empty_context", "the context has no token; give it text"));
         }
         Ok(FramedContext { text, ids, lead, located, source: context.clone() })
     }
 
     fn raw_context(&self, raw: &str) -> Result<(String, Vec<i32>, usize)> {
         if raw.is_empty() {
-            return Err(Error::input("the context is an empty string; give it text"));
+            return Err(Error::value("empty_context", "the context is an empty string; give it text"));
         }
         let ids = self.tokenizer.encode(raw)?;
         Ok(match &self.bos {
@@ -361,7 +365,8 @@ impl Framer {
     pub fn answer(&self, answer: &str) -> Result<Vec<i32>> {
         let mut ids = self.tokenizer.encode(answer)?;
         if ids.is_empty() {
-            return Err(Error::input("the answer is empty: an example without a supervised token"));
+            let what = "the answer is empty: an example without a supervised token; give it text";
+            return Err(Error::value("empty_answer", what));
         }
         ids.push(self.end_of_turn_id);
         Ok(ids)

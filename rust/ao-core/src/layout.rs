@@ -12,11 +12,12 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::datapoint::{ContextIds, Datapoint};
 use crate::error::{Error, Result};
-use crate::manifest::hex;
-use crate::shard::{METADATA_KEY, SCHEMA};
+use crate::manifest::{each_block, hex};
+use crate::shard::{DIGEST_KEY, METADATA_KEY, SCHEMA, digest_of};
 
 /// The same limit as the safetensors format has.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -104,7 +105,25 @@ pub fn verify(path: &Path, sha256: &str) -> Result<()> {
     if found == sha256.to_ascii_lowercase() {
         return Ok(());
     }
-    Err(Error::shard(path, format!("damaged: sha256 expected {sha256}, got {found}; build the packed data set again")))
+    Err(Error::shard(path, format!("damaged: sha256 expected {sha256}, got {found}")))
+}
+
+/// Check the content of a shard against the digest in its own header, which is all that an unfinished build has.
+///
+/// # Errors
+/// If the file is missing or its content is not what was written.
+pub fn check_digest(path: &Path) -> Result<()> {
+    let mut shard = OpenShard::open(path)?;
+    let mut metadata: Value = serde_json::from_str(&shard.metadata()?).expect("checked when it was read");
+    let expected = metadata.as_object_mut().and_then(|fields| fields.remove(DIGEST_KEY)).unwrap_or_default();
+    shard.file.seek(SeekFrom::Start(shard.data_start)).map_err(|error| Error::io(path, "reading", error))?;
+    let mut data = Xxh3::new();
+    each_block(&mut shard.file, path, |block| data.update(block))?;
+    let found = digest_of(data, &metadata);
+    if expected == *found {
+        return Ok(());
+    }
+    Err(shard.wrong(format!("damaged: digest expected {expected}, got {found:?}")))
 }
 
 /// The sha256 of a file, in lower-case hexadecimal, and its length in bytes.
@@ -114,16 +133,12 @@ pub fn verify(path: &Path, sha256: &str) -> Result<()> {
 pub fn digest(path: &Path) -> Result<(String, u64)> {
     let mut file = open(path)?;
     let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
     let mut length = 0;
-    loop {
-        let read = file.read(&mut buffer).map_err(|error| Error::io(path, "reading", error))?;
-        if read == 0 {
-            return Ok((hex(&hasher.finalize()), length));
-        }
-        hasher.update(&buffer[..read]);
-        length += read as u64;
-    }
+    each_block(&mut file, path, |block| {
+        hasher.update(block);
+        length += block.len() as u64;
+    })?;
+    Ok((hex(&hasher.finalize()), length))
 }
 
 fn open(path: &Path) -> Result<File> {
@@ -142,7 +157,7 @@ impl<'a> OpenShard<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         let mut file = open(path)?;
         let size = file.metadata().map_err(|error| Error::io(path, "reading", error))?.len();
-        let wrong = |what: String| Error::shard(path, format!("not a shard: {what}; build the packed data set again"));
+        let wrong = |what: String| Error::shard(path, format!("not a shard: {what}"));
         let mut length = [0; 8];
         file.read_exact(&mut length).map_err(|_| wrong(format!("it has {size} bytes, fewer than a header needs")))?;
         let length = u64::from_le_bytes(length);
@@ -162,7 +177,7 @@ impl<'a> OpenShard<'a> {
     }
 
     fn wrong(&self, what: impl std::fmt::Display) -> Error {
-        Error::shard(self.path, format!("{what}; build the packed data set again"))
+        Error::shard(self.path, what)
     }
 
     fn metadata(&self) -> Result<String> {

@@ -70,13 +70,23 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 pub fn xxh3_hex(path: &Path) -> Result<String> {
     let mut file = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
     let mut hasher = Xxh3::new();
+    each_block(&mut file, path, |block| hasher.update(block))?;
+    Ok(xxh3_text(&hasher))
+}
+
+/// What an xxh3-128 is written as.
+pub(crate) fn xxh3_text(hasher: &Xxh3) -> String {
+    format!("{:032x}", hasher.digest128())
+}
+
+/// Show `use_block` the rest of `file`, which lies at `path`, piece by piece.
+pub(crate) fn each_block(file: &mut File, path: &Path, mut use_block: impl FnMut(&[u8])) -> Result<()> {
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = file.read(&mut buffer).map_err(|error| Error::io(path, "reading", error))?;
-        if read == 0 {
-            return Ok(format!("{:032x}", hasher.digest128()));
+        match file.read(&mut buffer).map_err(|error| Error::io(path, "reading", error))? {
+            0 => return Ok(()),
+            read => use_block(&buffer[..read]),
         }
-        hasher.update(&buffer[..read]);
     }
 }
 

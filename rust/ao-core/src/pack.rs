@@ -49,6 +49,7 @@ pub struct PackWriter {
     folder: BuildFolder,
     done: BTreeMap<usize, ShardEntry>,
     seen: HashSet<u128>,
+    heads: Heads,
     progress: Progress,
     num_errors: usize,
     pending: Vec<Unit>,
@@ -98,6 +99,7 @@ impl PackWriter {
             folder,
             done,
             seen: HashSet::new(),
+            heads: Heads::default(),
             progress: Progress::default(),
             num_errors,
             pending: Vec::new(),
@@ -122,8 +124,12 @@ impl PackWriter {
     ) -> Result<&Progress> {
         self.require_open()?;
         self.state = State::Failed;
+        if !source.has_own_ids() {
+            self.heads.generate(&table.prefix)?;
+        }
+        let table = Arc::new(table.clone());
         let units: Vec<Vec<Unit>> =
-            rows.par_iter().enumerate().map(|(at, row)| source.units(table, first + at, row)).collect();
+            rows.par_iter().enumerate().map(|(at, row)| source.units(&table, first + at, row)).collect();
         for unit in units.into_iter().flatten() {
             self.take(framer, unit)?;
         }
@@ -139,8 +145,11 @@ impl PackWriter {
 
     /// Take over a unit, cut where a shard ends.
     fn take(&mut self, framer: &Framer, mut unit: Unit) -> Result<()> {
+        if unit.source.has_own_ids() && !matches!(unit.body, Body::Bad(_)) {
+            self.heads.give(&unit.id).map_err(|error| unit.error(0, error))?;
+        }
         if unit.source.has_own_ids() && !self.seen.insert(xxh3_128(unit.id.as_bytes())) {
-            unit.body = Body::Bad(Error::RepeatedId.in_example(&unit.source.name, &unit.id));
+            unit.body = Body::Bad(unit.error(0, Error::RepeatedId));
         }
         while !unit.examples.is_empty() {
             let room = self.examples_per_shard - self.progress.offered % self.examples_per_shard;
@@ -171,6 +180,9 @@ impl PackWriter {
         }
         let outcomes = build(framer, &self.common, &units);
         self.flush()?;
+        if let Some(wrong) = errors(&outcomes).find(|error| error.is_of_settings()) {
+            return Err(wrong.again());
+        }
         let mut errors = errors(&outcomes).peekable();
         let first = errors.peek().map(|error| error.again());
         for error in errors {
@@ -234,6 +246,40 @@ impl PackWriter {
             )),
             State::Finished => Err(Error::input("this writer has finished; make a new one")),
         }
+    }
+}
+
+/// What stands before the first "/" of ids: of those that examples were given, and of those that sources make. As no
+/// head is among both, no id is, and the made ones need not be remembered.
+#[derive(Default)]
+struct Heads {
+    given: HashSet<u128>,
+    made: HashSet<u128>,
+}
+
+impl Heads {
+    /// A source makes ids that begin with `prefix`.
+    fn generate(&mut self, prefix: &str) -> Result<()> {
+        let head = prefix.split_once('/').map_or(prefix, |(head, _)| head);
+        let key = xxh3_128(head.as_bytes());
+        self.made.insert(key);
+        if self.given.contains(&key) { Err(Self::collision(head)) } else { Ok(()) }
+    }
+
+    /// An example was given the id `id`.
+    fn give(&mut self, id: &str) -> Result<()> {
+        let Some((head, _)) = id.split_once('/') else { return Ok(()) };
+        let key = xxh3_128(head.as_bytes());
+        self.given.insert(key);
+        if self.made.contains(&key) { Err(Self::collision(head)) } else { Ok(()) }
+    }
+
+    fn collision(head: &str) -> Error {
+        let prefix = format!("{head}/");
+        Error::settings(format!(
+            "records have ids that begin with {prefix:?}, as those do which the source {head:?} makes; ids must be \
+             unique in a data set, so rename the source, or the records"
+        ))
     }
 }
 

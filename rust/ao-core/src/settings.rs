@@ -182,10 +182,7 @@ impl SourceSettings {
     /// If a value is out of range.
     pub(crate) fn resolve(self) -> Result<Source> {
         let name = self.name.clone();
-        self.checked().map_err(|error| match error {
-            Error::Settings(what) => Error::settings(format!("source {name:?}: {what}")),
-            other => Error::settings(format!("source {name:?}: {other}")),
-        })
+        self.checked().map_err(|error| error.in_settings_of(&name))
     }
 
     fn checked(self) -> Result<Source> {

@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::datapoint::Datapoint;
 use crate::error::{Error, Result};
-use crate::manifest::canonical_json;
+use crate::manifest::{canonical_json, xxh3_text};
 use crate::stats::Stats;
 
 /// The version of the layout; others are refused.
@@ -21,6 +21,15 @@ pub const SCHEMA: u64 = 1;
 
 /// The one metadata key. Several would come in random order, and equal shards would differ.
 pub const METADATA_KEY: &str = "ao";
+
+/// Where the metadata hold the xxh3-128 of all else that a shard says.
+pub(crate) const DIGEST_KEY: &str = "digest";
+
+/// What stands there: the digest of the data, which `data` has seen, and of the metadata without it.
+pub(crate) fn digest_of(mut data: Xxh3, metadata: &Value) -> String {
+    data.update(canonical_json(metadata).as_bytes());
+    xxh3_text(&data)
+}
 
 /// Values and the offsets that cut them into rows.
 struct Ragged<T> {
@@ -105,7 +114,7 @@ pub fn encode(datapoints: &[Datapoint], stats: &mut Stats, header: impl FnOnce(&
     let mut metadata = header(stats);
     metadata["schema"] = json!(SCHEMA);
     metadata["sources"] = json!(sources);
-    arrays.serialize(&metadata)
+    arrays.serialize(metadata)
 }
 
 /// How many datapoints have the same input, context and positions as one before them.
@@ -127,7 +136,10 @@ fn sources_of(datapoints: &[Datapoint]) -> Result<Vec<&str>> {
     let distinct: BTreeSet<&str> = datapoints.iter().map(|datapoint| &*datapoint.source).collect();
     let sources: Vec<&str> = distinct.into_iter().collect();
     if sources.len() > 256 {
-        return Err(Error::input(format!("a shard has {} sources, at most 256 fit", sources.len())));
+        return Err(Error::input(format!(
+            "a shard has {} sources, at most 256 fit; give the records fewer distinct \"source\" fields",
+            sources.len()
+        )));
     }
     Ok(sources)
 }
@@ -151,7 +163,12 @@ impl<'a> Arrays<'a> {
         self.flat(offsets, &rows.offsets);
     }
 
-    fn serialize(&self, metadata: &Value) -> Result<Vec<u8>> {
+    fn serialize(mut self, mut metadata: Value) -> Result<Vec<u8>> {
+        // As safetensors lays them in the file, so that their digest is that of the file's data.
+        self.0.sort_by(|(name, dtype, ..), (other, its, ..)| its.cmp(dtype).then(name.cmp(other)));
+        let mut data = Xxh3::new();
+        self.0.iter().for_each(|(.., bytes)| data.update(bytes));
+        metadata[DIGEST_KEY] = json!(digest_of(data, &metadata));
         let failed = |error| Error::input(format!("a shard cannot be written: {error}"));
         let views = self
             .0
@@ -159,7 +176,7 @@ impl<'a> Arrays<'a> {
             .map(|(name, dtype, length, bytes)| Ok((*name, TensorView::new(*dtype, vec![*length], bytes)?)))
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(failed)?;
-        let metadata = HashMap::from([(METADATA_KEY.to_owned(), canonical_json(metadata))]);
+        let metadata = HashMap::from([(METADATA_KEY.to_owned(), canonical_json(&metadata))]);
         safetensors::serialize(views, Some(metadata)).map_err(failed)
     }
 }

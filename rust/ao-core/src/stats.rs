@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::datapoint::Datapoint;
+use crate::datapoint::{Datapoint, Kept};
 
 /// Upper bounds, exclusive, of the buckets in which lengths are counted; what is longer goes into one bucket more.
 pub const LENGTH_EDGES: [usize; 15] = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
@@ -26,6 +26,10 @@ pub struct SourceStats {
     pub answer_tokens: u64,
     /// Tokens of the contexts, each counted for every datapoint that reads it.
     pub context_tokens_read: u64,
+    /// Datapoints whose context does not tell the answer, as their `meta` says.
+    pub unanswerable: u64,
+    /// Datapoints that were to be so, but kept their own context, as no other was found.
+    pub without_donor: u64,
     /// Examples left out, by reason.
     pub drops: Counted,
     /// Examples passed over because they cannot be used, by reason.
@@ -62,9 +66,13 @@ impl SourceStats {
         *self.errors.entry(reason.to_owned()).or_default() += 1;
     }
 
-    pub(crate) fn keep(&mut self, datapoints: &[Datapoint], counts_answers: bool) {
+    pub(crate) fn keep(&mut self, kept: &Kept, counts_answers: bool) {
+        let Kept { datapoints, is_unanswerable, lacks_donor } = kept;
+        let num_datapoints = datapoints.len() as u64;
         self.examples += 1;
-        self.datapoints += datapoints.len() as u64;
+        self.datapoints += num_datapoints;
+        self.unanswerable += u64::from(*is_unanswerable) * num_datapoints;
+        self.without_donor += u64::from(*lacks_donor) * num_datapoints;
         for datapoint in datapoints {
             self.input_tokens += datapoint.input_ids.len() as u64;
             self.answer_tokens += datapoint.input_ids.len() as u64 - datapoint.answer_start as u64;
@@ -83,6 +91,8 @@ impl SourceStats {
             (&mut self.input_tokens, other.input_tokens),
             (&mut self.answer_tokens, other.answer_tokens),
             (&mut self.context_tokens_read, other.context_tokens_read),
+            (&mut self.unanswerable, other.unanswerable),
+            (&mut self.without_donor, other.without_donor),
         ] {
             add_one(mine, theirs);
         }

@@ -33,7 +33,7 @@ mod _ao {
     #[pymodule_export]
     use super::plan::{pack_rows, plan};
     #[pymodule_export]
-    use super::shard::{shard_layout, shard_metadata, verify_shard, write_atomic};
+    use super::shard::{check_digest, shard_layout, shard_metadata, verify_shard, write_atomic};
 }
 
 /// A read-only buffer of int32 over a copy of `values`, of shape `[len / width, width]` if `width` is above 1.

@@ -26,7 +26,7 @@ pub struct Source {
 enum Stage {
     Surveyed(Survey),
     Settled(Arc<source::Source>),
-    /// Between the two, should the step panic.
+    /// Between the two, should the step fail.
     Lost,
 }
 
@@ -67,19 +67,22 @@ impl Source {
     }
 
     /// End the survey: how many examples the rows will give, where a count says so.
-    fn settle(&self) -> Option<usize> {
-        let mut stage = self.locked();
-        match std::mem::replace(&mut *stage, Stage::Lost) {
-            Stage::Surveyed(survey) => {
-                let (source, examples) = survey.settle();
-                *stage = Stage::Settled(Arc::new(source));
-                examples
+    fn settle(&self, py: Python<'_>) -> PyResult<Option<usize>> {
+        py.detach(|| {
+            let mut stage = self.locked();
+            match std::mem::replace(&mut *stage, Stage::Lost) {
+                Stage::Surveyed(survey) => {
+                    let (source, examples) = survey.settle()?;
+                    *stage = Stage::Settled(Arc::new(source));
+                    Ok(examples)
+                }
+                settled => {
+                    *stage = settled;
+                    Ok(None)
+                }
             }
-            settled => {
-                *stage = settled;
-                None
-            }
-        }
+        })
+        .map_err(to_python)
     }
 }
 
@@ -161,13 +164,16 @@ impl PackWriter {
 }
 
 fn describe<'py>(py: Python<'py>, progress: &Progress) -> PyResult<Bound<'py, PyDict>> {
-    let SourceStats { examples, datapoints, input_tokens, drops, errors, .. } = progress.stats.total();
+    let SourceStats { examples, datapoints, input_tokens, unanswerable, without_donor, drops, errors, .. } =
+        progress.stats.total();
     let out = PyDict::new(py);
     out.set_item("offered", progress.offered)?;
     out.set_item("skipped", progress.skipped)?;
     out.set_item("examples", examples)?;
     out.set_item("datapoints", datapoints)?;
     out.set_item("input_tokens", input_tokens)?;
+    out.set_item("unanswerable", unanswerable)?;
+    out.set_item("without_donor", without_donor)?;
     out.set_item("drops", drops)?;
     out.set_item("errors", errors)?;
     out.set_item("messages", &progress.messages)?;

@@ -36,6 +36,12 @@ pub fn verify_shard(py: Python<'_>, path: PathBuf, sha256: &str) -> PyResult<()>
     py.detach(|| layout::verify(&path, sha256)).map_err(to_python)
 }
 
+/// Check the content of a shard against the digest in its header.
+#[pyfunction]
+pub fn check_digest(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    py.detach(|| layout::check_digest(&path)).map_err(to_python)
+}
+
 /// Write a file so that a reader sees the old one or the whole new one.
 #[pyfunction]
 pub fn write_atomic(py: Python<'_>, path: PathBuf, data: &[u8]) -> PyResult<()> {

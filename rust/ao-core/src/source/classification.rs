@@ -3,15 +3,17 @@
 //! A row is a text with its label, or, in a relation file, a subject with its object, which makes a true and a false
 //! statement. The text is a user's turn of which the content alone is read.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
+use rayon::slice::ParallelSliceMut;
 use serde_json::{Map, Value, json};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::{About, Asked, RowPlace, Source, strip, user_turn};
 use crate::datapoint::Question;
 use crate::error::{Error, Result};
 use crate::example::Kind;
-use crate::manifest::canonical_json;
 use crate::sample::Draws;
 
 /// Where a question shows the label that it asks about, and its key.
@@ -34,15 +36,21 @@ pub(crate) struct Classification {
 /// The units of a row: id, numbers of their examples, and the context, or none where the label is left out.
 pub(super) type Units = Vec<(String, Vec<u32>, Option<Asked>)>;
 
-/// What a text is asked besides its label: the values of the keys that stand in questions.
-pub(crate) type Columns = BTreeMap<String, String>;
+/// What the oracle is shown of a row, other than its label: the text, and the values of the keys in questions.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    text: String,
+    columns: BTreeMap<String, String>,
+}
 
-/// The labels of a source, and of each relation file what is true of whom.
+/// The labels of a source, and what is true of whom.
 #[derive(Debug, Default)]
 pub(crate) struct Labels {
     known: bool,
     /// All labels, sorted.
-    all: Vec<String>,
+    all: Vec<Arc<str>>,
+    /// The labels of what rows label differently, by its [`key_of`].
+    several: HashMap<u128, Vec<Arc<str>>>,
     relations: BTreeMap<String, Relation>,
 }
 
@@ -54,33 +62,61 @@ struct Relation {
 }
 
 impl Labels {
-    /// The labels where they are given beforehand.
-    pub(super) fn known(words: Option<Vec<String>>) -> Self {
-        let known = words.is_some();
-        let all: BTreeSet<String> = words.into_iter().flatten().collect();
-        Self { known, all: all.into_iter().collect(), relations: BTreeMap::new() }
-    }
-
     pub(super) fn are_known(&self) -> bool {
         self.known
     }
 
-    /// What a survey found.
-    pub(super) fn from_survey(found: BTreeSet<String>, pairs: Vec<(String, String, String)>) -> Self {
+    /// What a survey found, beside the labels that were given.
+    pub(super) fn surveyed(
+        self,
+        mut found: BTreeSet<Arc<str>>,
+        mut labelled: Vec<(u128, Arc<str>)>,
+        pairs: Vec<(String, String, String)>,
+    ) -> Self {
+        labelled.par_sort_unstable();
+        labelled.dedup();
+        let several = labelled
+            .chunk_by(|one, next| one.0 == next.0)
+            .filter(|labels| labels.len() > 1)
+            .map(|labels| (labels[0].0, labels.iter().map(|(_, label)| Arc::clone(label)).collect()))
+            .collect();
+        found.extend(self.all);
         let mut relations: BTreeMap<String, Relation> = BTreeMap::new();
         for (prefix, subject, object) in pairs {
             let relation = relations.entry(prefix).or_default();
             relation.right.entry(subject).or_default().insert(object.clone());
             relation.objects.insert(object);
         }
-        Self { known: true, all: found.into_iter().collect(), relations }
+        Self { known: true, all: found.into_iter().collect(), several, relations }
     }
 }
 
 /// What a survey needs to know of a row.
 pub(super) enum Surveyed {
-    Label(String),
+    /// A label, and the keys of all that has it.
+    Label(String, BTreeSet<u128>),
     Pair(String, String),
+}
+
+/// The key of a text as a question shows it: with the values of the question's keys. A premise has a label for each of
+/// its hypotheses, and only a question that shows the hypothesis can ask for one.
+fn key_of(template: &str, shown: &Shown) -> u128 {
+    let names: BTreeSet<&str> = keys(template).collect();
+    let columns = names.iter().flat_map(|&name| [name, &shown.columns[name]]);
+    let mut hasher = Xxh3::new();
+    for part in [shown.text.as_str()].into_iter().chain(columns) {
+        hasher.update(&part.len().to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.digest128()
+}
+
+/// The keys that a template shows, other than the label.
+fn keys(template: &str) -> impl Iterator<Item = &str> {
+    pieces(template).filter_map(|piece| match piece {
+        Piece::Key(key) if key != SLOT_KEY => Some(key),
+        _ => None,
+    })
 }
 
 impl Classification {
@@ -93,6 +129,36 @@ impl Classification {
         self.labels.values().any(Vec::is_empty)
     }
 
+    /// The questions that ask about a label.
+    fn asking(&self) -> impl Iterator<Item = &String> {
+        self.questions.iter().filter(|question| question.contains(SLOT))
+    }
+
+    /// What is known of the labels before the survey: those that were given, and all where no question asks about one.
+    pub(super) fn labels_before(&self, words: Option<Vec<String>>) -> Labels {
+        let known = words.is_some() && self.asking().next().is_none();
+        let all = words.into_iter().flatten().map(Arc::from).collect();
+        Labels { known, all, ..Labels::default() }
+    }
+
+    /// Refuse labels of which one leaves nothing to ask wrongly.
+    ///
+    /// # Errors
+    /// If a question asks about a label, and no other is worded differently.
+    pub(super) fn require_wrong(&self, labels: &Labels) -> Result<()> {
+        let is_alone = |own: &&Arc<str>| !self.leaves_out(own) && self.wrong(&[own], labels).next().is_none();
+        if self.asking().next().is_some()
+            && let Some(own) = labels.all.iter().find(is_alone)
+        {
+            return Err(Error::settings(format!(
+                "a question with {SLOT} needs two labels or more that are worded differently, got {own:?} of {:?}; ask \
+                 without {SLOT}, word the labels differently, or give a table with other labels too",
+                labels.all
+            )));
+        }
+        Ok(())
+    }
+
     /// The units of a row.
     pub(super) fn asked(&self, place: &RowPlace<'_>, id: &str, row: &[u8]) -> Result<Units> {
         let row: Map<String, Value> = place.parse(row)?;
@@ -102,7 +168,7 @@ impl Classification {
                 return Ok((id, vec![0], None));
             }
             let (context, read) = user_turn(text);
-            let about = About::Label { columns: self.columns_of(place, &row)? };
+            let about = About::Label(self.shown(place, &row, text.to_owned())?);
             let asked = Asked { context, read: Some(read), label: Some(label.to_owned()), about };
             Ok((id, examples.clone(), Some(asked)))
         };
@@ -119,7 +185,12 @@ impl Classification {
         if place.table.templates.is_some() {
             return Ok(Surveyed::Pair(place.text(&row, "subject")?, place.text(&row, "object")?));
         }
-        self.label_of(place, &row).map(Surveyed::Label)
+        let label = self.label_of(place, &row)?;
+        if self.leaves_out(&label) {
+            return Ok(Surveyed::Label(label, BTreeSet::new()));
+        }
+        let shown = self.shown(place, &row, self.text_of(place, &row)?)?;
+        Ok(Surveyed::Label(label, self.asking().map(|template| key_of(template, &shown)).collect()))
     }
 
     fn text_of(&self, place: &RowPlace<'_>, row: &Map<String, Value>) -> Result<String> {
@@ -140,18 +211,14 @@ impl Classification {
         Ok(strip(&text).to_owned())
     }
 
-    /// What the questions show of the row, other than its label.
-    fn columns_of(&self, place: &RowPlace<'_>, row: &Map<String, Value>) -> Result<Columns> {
-        let mut columns = Columns::new();
-        for piece in self.questions.iter().flat_map(|question| pieces(question)) {
-            if let Piece::Key(key) = piece
-                && key != SLOT_KEY
-                && !columns.contains_key(key)
-            {
+    fn shown(&self, place: &RowPlace<'_>, row: &Map<String, Value>, text: String) -> Result<Shown> {
+        let mut columns = BTreeMap::new();
+        for key in self.questions.iter().flat_map(|question| keys(question)) {
+            if !columns.contains_key(key) {
                 columns.insert(key.to_owned(), place.text(row, key)?);
             }
         }
-        Ok(columns)
+        Ok(Shown { text, columns })
     }
 
     fn label_of(&self, place: &RowPlace<'_>, row: &Map<String, Value>) -> Result<String> {
@@ -171,6 +238,7 @@ impl Classification {
         Ok(label)
     }
 
+    /// A question about a text, or none where it is to be asked about a wrong label and all are right.
     pub(super) fn question(
         &self,
         source: &Source,
@@ -178,49 +246,52 @@ impl Classification {
         id: String,
         at: u32,
         label: &str,
-        columns: &Columns,
-    ) -> Result<Question> {
+        shown: &Shown,
+    ) -> Option<Question> {
         let mut order: Vec<usize> = (0..self.questions.len()).collect();
         Draws::new(source.seed, text_id, "templates").shuffle(&mut order);
         let template = &self.questions[order[at as usize % order.len()]];
         let (question, answer) = if template.contains(SLOT) {
             let mut draws = Draws::new(source.seed, &id, "label");
             let is_right = draws.below(2) == 0;
-            let asked = if is_right { label } else { self.other(label, &source.labels, &mut draws)? };
+            let asked = if is_right {
+                label
+            } else {
+                let right = source.labels.several.get(&key_of(template, shown));
+                let right = right.map_or(vec![label], |labels| labels.iter().map(|label| &**label).collect());
+                let wrong: Vec<&str> = self.wrong(&right, &source.labels).collect();
+                if wrong.is_empty() {
+                    return None;
+                }
+                wrong[draws.below(wrong.len() as u64) as usize]
+            };
             let answer = if is_right { "Yes" } else { "No" };
-            (filled(template, columns, self.wording(source, &id, asked)), answer)
+            (filled(template, shown, self.wording(source, &id, asked)), answer)
         } else {
-            (filled(template, columns, ""), self.wording(source, &id, label))
+            (filled(template, shown, ""), self.wording(source, &id, label))
         };
-        Ok(Question {
+        Some(Question {
             source: source.name.clone(),
             text: format!("{}{question}", self.prefix),
             answer: answer.to_owned(),
             layers: None,
             target: Kind::Base,
-            meta: canonical_json(&json!({"label": label})),
+            meta: Map::from_iter([("label".to_owned(), json!(label))]),
             id,
         })
     }
 
-    /// Another label than `own`, all others alike; one that is worded like `own` is no other.
-    fn other<'a>(&self, own: &str, labels: &'a Labels, draws: &mut Draws) -> Result<&'a str> {
-        let worded_alike = |label: &str| match (self.labels.get(own), self.labels.get(label)) {
+    /// The labels that are wrong of what has the labels `right`; one that is worded like a right one is not.
+    fn wrong<'a>(&self, right: &[&str], labels: &'a Labels) -> impl Iterator<Item = &'a str> {
+        let worded_alike = |own: &str, label: &str| match (self.labels.get(own), self.labels.get(label)) {
             (Some(own), Some(other)) => own.iter().any(|word| other.contains(word)),
             _ => label == own,
         };
-        let others: Vec<&str> = labels
+        labels
             .all
             .iter()
-            .map(String::as_str)
-            .filter(|label| !self.leaves_out(label) && !worded_alike(label))
-            .collect();
-        if others.is_empty() {
-            return Err(Error::settings(format!(
-                "a question with {SLOT} needs two labels or more, got only {own:?}; give \"labels\" or other questions"
-            )));
-        }
-        Ok(others[draws.below(others.len() as u64) as usize])
+            .map(|label| &**label)
+            .filter(move |label| !self.leaves_out(label) && !right.iter().any(|own| worded_alike(own, label)))
     }
 
     /// How `label` is worded for the example `id`.
@@ -234,12 +305,12 @@ impl Classification {
 }
 
 /// A template with its keys filled in, in one pass: braces in a value mean nothing.
-fn filled(template: &str, columns: &Columns, label: &str) -> String {
+fn filled(template: &str, shown: &Shown, label: &str) -> String {
     pieces(template)
         .map(|piece| match piece {
             Piece::Text(text) => text,
             Piece::Key(SLOT_KEY) => label,
-            Piece::Key(key) => columns.get(key).map_or("", String::as_str),
+            Piece::Key(key) => shown.columns.get(key).map_or("", String::as_str),
         })
         .collect()
 }

@@ -12,7 +12,6 @@ use super::{About, Asked, RowPlace, Source};
 use crate::datapoint::Question;
 use crate::error::{Error, Result};
 use crate::example::{Context, Kind, Message, Read};
-use crate::manifest::canonical_json;
 use crate::sample::Draws;
 
 /// One type of stimulus.
@@ -92,7 +91,7 @@ impl LatentQa {
             answer: answer.clone(),
             layers: None,
             target: Kind::Base,
-            meta: canonical_json(&json!({"label": label, "type": kind})),
+            meta: Map::from_iter([("label", label), ("type", kind)].map(|(key, value)| (key.to_owned(), json!(value)))),
         }
     }
 }

@@ -74,6 +74,9 @@ pub(crate) struct Unit {
     /// Which of the row's examples are meant, as numbers within the row.
     pub(crate) examples: Vec<u32>,
     pub(crate) body: Body,
+    /// The row that it was made from, and the row's number.
+    table: Arc<Table>,
+    row: usize,
 }
 
 impl Unit {
@@ -86,7 +89,13 @@ impl Unit {
             Body::Bad(error) => Body::Bad(error.again()),
         };
         let examples = std::mem::replace(&mut self.examples, rest);
-        Self { source: Arc::clone(&self.source), id: self.id.clone(), examples, body }
+        let (source, table) = (Arc::clone(&self.source), Arc::clone(&self.table));
+        Self { source, id: self.id.clone(), examples, body, table, row: self.row }
+    }
+
+    /// What is wrong with example `at`, naming it and its place.
+    pub(crate) fn error(&self, at: u32, error: Error) -> Error {
+        error.in_example(&self.source.name, &self.table.place(self.row), &self.source.example_id(&self.id, at))
     }
 }
 
@@ -113,7 +122,7 @@ pub(crate) struct Asked {
 pub(crate) enum About {
     Record(Box<records::Record>),
     Tokens,
-    Label { columns: classification::Columns },
+    Label(classification::Shown),
     Stimulus { kind: String },
 }
 
@@ -162,7 +171,9 @@ impl Source {
         self.count = count;
         self.layers_per_example = layers_per_example;
         self.unanswerable = unanswerable;
-        self.labels = Labels::known(words);
+        if let Kind::Classification(classification) = &self.kind {
+            self.labels = classification.labels_before(words);
+        }
         self
     }
 
@@ -173,7 +184,7 @@ impl Source {
     }
 
     fn lacks_labels(&self) -> bool {
-        matches!(&self.kind, Kind::Classification(_)) && !self.labels.are_known()
+        !self.labels.are_known() && matches!(&self.kind, Kind::Classification(_))
     }
 
     pub(crate) fn documents(&self) -> Option<&LensSettings> {
@@ -194,7 +205,7 @@ impl Source {
     }
 
     /// The units of row `number`, of which only the examples of the `count` are kept; a unit without any is left out.
-    pub(crate) fn units(self: &Arc<Self>, table: &Table, number: usize, row: &[u8]) -> Vec<Unit> {
+    pub(crate) fn units(self: &Arc<Self>, table: &Arc<Table>, number: usize, row: &[u8]) -> Vec<Unit> {
         let mut units = self.all_units(table, number, row);
         if let Some(greatest) = self.greatest_key {
             for unit in &mut units {
@@ -211,7 +222,7 @@ impl Source {
     }
 
     /// The units of row `number` with all their examples; none for a blank row.
-    fn all_units(self: &Arc<Self>, table: &Table, number: usize, row: &[u8]) -> Vec<Unit> {
+    fn all_units(self: &Arc<Self>, table: &Arc<Table>, number: usize, row: &[u8]) -> Vec<Unit> {
         if row.trim_ascii().is_empty() {
             return Vec::new();
         }
@@ -225,7 +236,7 @@ impl Source {
             Kind::Classification(classification) => classification.asked(&place, &id, row),
             Kind::LatentQa(latentqa) => match latentqa.asked(&place, &id, row) {
                 Ok((examples, _)) if examples.is_empty() => {
-                    return vec![self.unit(id, vec![0], Body::Dropped("label_without_questions"))];
+                    return vec![place.unit(id, vec![0], Body::Dropped("label_without_questions"))];
                 }
                 other => other.map(|(examples, asked)| vec![(id.clone(), examples, Some(asked))]),
             },
@@ -235,15 +246,11 @@ impl Source {
                 .into_iter()
                 .map(|(id, examples, asked)| {
                     let body = asked.map_or(Body::Dropped("label_left_out"), |asked| Body::Context(Arc::new(asked)));
-                    self.unit(id, examples, body)
+                    place.unit(id, examples, body)
                 })
                 .collect(),
-            Err(error) => vec![self.unit(id, vec![0], Body::Bad(error))],
+            Err(error) => vec![place.unit(id, vec![0], Body::Bad(error))],
         }
-    }
-
-    fn unit(self: &Arc<Self>, id: String, examples: Vec<u32>, body: Body) -> Unit {
-        Unit { source: Arc::clone(self), id, examples, body }
     }
 
     /// The id of example `at` of the unit `id`.
@@ -256,31 +263,46 @@ impl Source {
         Draws::new(self.seed, id, "draw").bits()
     }
 
-    /// The question of example `at` of `unit`, or `None` where it is made from the tokens.
-    pub(crate) fn question(&self, unit: &Unit, asked: &Asked, at: u32) -> Result<Option<Question>> {
+    /// What example `at` of `unit` is asked.
+    pub(crate) fn question(&self, unit: &Unit, asked: &Asked, at: u32) -> Result<Posed> {
         let id = self.example_id(&unit.id, at);
-        match (&self.kind, &asked.about) {
-            (Kind::Records, About::Record(record)) => record.question(self, id).map(Some),
-            (Kind::Classification(classification), About::Label { columns }) => {
-                let label = asked.label.as_deref().unwrap_or_default();
-                classification.question(self, &unit.id, id, at, label, columns).map(Some)
-            }
+        let label = asked.label.as_deref().unwrap_or_default();
+        Ok(match (&self.kind, &asked.about) {
+            (Kind::Records, About::Record(record)) => Posed::Written(record.question(self, id)?),
+            (Kind::Classification(classification), About::Label(shown)) => classification
+                .question(self, &unit.id, id, at, label, shown)
+                .map_or(Posed::Dropped("no_wrong_label"), Posed::Written),
             (Kind::LatentQa(latentqa), About::Stimulus { kind }) => {
-                Ok(Some(latentqa.question(self, id, at, asked.label.as_deref().unwrap_or_default(), kind)))
+                Posed::Written(latentqa.question(self, id, at, label, kind))
             }
-            _ => Ok(None),
-        }
+            _ => Posed::OfTokens,
+        })
     }
+}
+
+/// What an example is asked.
+pub(crate) enum Posed {
+    /// A question that was written.
+    Written(Question),
+    /// One that is made from the tokens.
+    OfTokens,
+    /// Nothing, for this reason.
+    Dropped(&'static str),
 }
 
 /// A row while it is read, for messages.
 struct RowPlace<'a> {
     source: &'a Arc<Source>,
-    table: &'a Table,
+    table: &'a Arc<Table>,
     number: usize,
 }
 
 impl RowPlace<'_> {
+    fn unit(&self, id: String, examples: Vec<u32>, body: Body) -> Unit {
+        let (source, table) = (Arc::clone(self.source), Arc::clone(self.table));
+        Unit { source, id, examples, body, table, row: self.number }
+    }
+
     fn error(&self, reason: &'static str, what: impl std::fmt::Display) -> Error {
         Error::Row {
             origin: self.source.name.to_string(),
@@ -332,7 +354,7 @@ impl RowPlace<'_> {
 }
 
 /// `str.strip` of Python.
-fn strip(text: &str) -> &str {
+pub(crate) fn strip(text: &str) -> &str {
     text.trim_matches(crate::template::is_python_space)
 }
 

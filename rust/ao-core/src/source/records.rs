@@ -9,7 +9,6 @@ use super::{About, Asked, Body, RowPlace, Source, Unit};
 use crate::datapoint::Question;
 use crate::error::{Error, Result};
 use crate::example::{Example, Kind, Layer, Positions};
-use crate::manifest::canonical_json;
 
 /// What an example holds beside its context.
 pub(crate) struct Record {
@@ -31,10 +30,13 @@ struct OnlyId {
 /// The one unit of a row. One that cannot be read keeps its id where it has one, so that a `count` draws it the same.
 pub(super) fn unit(place: &RowPlace<'_>, fallback: String, row: &[u8]) -> Unit {
     let (id, body) = match place.parse::<Example>(row) {
+        Ok(example) if example.id.is_empty() => {
+            (fallback, Body::Bad(place.error("bad_field", "the id is empty; give each example its own")))
+        }
         Ok(example) => (example.id.clone(), Body::Context(Arc::new(asked(example)))),
         Err(error) => (serde_json::from_slice::<OnlyId>(row).map_or(fallback, |only| only.id), Body::Bad(error)),
     };
-    Unit { source: Arc::clone(place.source), id, examples: vec![0], body }
+    place.unit(id, vec![0], body)
 }
 
 fn asked(example: Example) -> Asked {
@@ -59,7 +61,7 @@ impl Record {
             answer: given("answer", &self.answer)?,
             layers: self.layers.clone(),
             target: self.target,
-            meta: canonical_json(&Value::Object(self.meta.clone())),
+            meta: self.meta.clone(),
         })
     }
 }

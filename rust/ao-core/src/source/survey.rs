@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::classification::{Labels, Surveyed};
+use super::classification::Surveyed;
 use super::{Body, Kind, RowPlace, Source};
 use crate::error::Result;
 use crate::rows::Table;
@@ -15,7 +15,9 @@ pub struct Survey {
     source: Arc<Source>,
     /// What decides which examples are among the `count`; empty without one.
     keys: Vec<u64>,
-    labels: BTreeSet<String>,
+    labels: BTreeSet<Arc<str>>,
+    /// What has which label, by its key.
+    labelled: Vec<(u128, Arc<str>)>,
     pairs: Vec<(String, String, String)>,
 }
 
@@ -26,7 +28,7 @@ impl Survey {
     /// If a field is unknown, missing for the kind or out of range.
     pub fn new(settings_json: &str) -> Result<Self> {
         let source = Arc::new(Source::unsurveyed(settings_json)?);
-        Ok(Self { source, keys: Vec::new(), labels: BTreeSet::new(), pairs: Vec::new() })
+        Ok(Self { source, keys: Vec::new(), labels: BTreeSet::new(), labelled: Vec::new(), pairs: Vec::new() })
     }
 
     /// Whether the rows have to be shown at all.
@@ -38,6 +40,7 @@ impl Survey {
     /// See rows, of which the first has number `first`. A row that cannot be read says so when it is packed.
     pub fn add(&mut self, table: &Table, first: usize, rows: &[&[u8]]) {
         let source = &self.source;
+        let table = &Arc::new(table.clone());
         if source.count.is_some() {
             let keys: Vec<Vec<u64>> =
                 rows.par_iter().enumerate().map(|(at, row)| source.keys(table, first + at, row)).collect();
@@ -55,11 +58,13 @@ impl Survey {
                 .collect();
             for found in found {
                 match found {
-                    Surveyed::Label(label) => {
-                        self.labels.insert(label);
+                    Surveyed::Label(label, keys) => {
+                        let label: Arc<str> = self.labels.get(&*label).cloned().unwrap_or_else(|| Arc::from(label));
+                        self.labels.insert(Arc::clone(&label));
+                        self.labelled.extend(keys.into_iter().map(|key| (key, Arc::clone(&label))));
                     }
                     Surveyed::Pair(subject, object) => {
-                        self.labels.extend(["false".to_owned(), "true".to_owned()]);
+                        self.labels.extend(["false", "true"].map(Arc::from));
                         self.pairs.push((table.prefix.clone(), subject, object));
                     }
                 }
@@ -68,24 +73,29 @@ impl Survey {
     }
 
     /// The source, and how many examples its rows will give where that is known: with a `count`.
-    #[must_use]
-    pub fn settle(self) -> (Source, Option<usize>) {
-        let Self { source, mut keys, labels, pairs } = self;
+    ///
+    /// # Errors
+    /// If a question needs a wrong label, and the rows have none.
+    pub fn settle(self) -> Result<(Source, Option<usize>)> {
+        let Self { source, mut keys, labels, labelled, pairs } = self;
         let mut source = Arc::into_inner(source).expect("no unit of a survey outlives the call that made it");
         if source.lacks_labels() {
-            source.labels = Labels::from_survey(labels, pairs);
+            source.labels = std::mem::take(&mut source.labels).surveyed(labels, labelled, pairs);
         }
-        let Some(count) = source.count else { return (source, None) };
+        if let Kind::Classification(classification) = &source.kind {
+            classification.require_wrong(&source.labels).map_err(|error| error.in_settings_of(&source.name))?;
+        }
+        let Some(count) = source.count else { return Ok((source, None)) };
         let examples = count.min(keys.len());
         source.greatest_key =
             Some(if examples == keys.len() { u64::MAX } else { *keys.select_nth_unstable(examples - 1).1 });
-        (source, Some(examples))
+        Ok((source, Some(examples)))
     }
 }
 
 impl Source {
     /// The keys of a row's examples; those that are dropped whatever is drawn have none.
-    fn keys(self: &Arc<Self>, table: &Table, number: usize, row: &[u8]) -> Vec<u64> {
+    fn keys(self: &Arc<Self>, table: &Arc<Table>, number: usize, row: &[u8]) -> Vec<u64> {
         if row.trim_ascii().is_empty() {
             return Vec::new();
         }
