@@ -393,6 +393,16 @@ def test_a_whole_data_set_has_no_problem(packed: Path, model: Path) -> None:
     assert verified(packed, model=str(model)) == []
 
 
+def test_records_that_say_their_own_source_are_counted_by_it(tmp_path: Path, model: Path) -> None:
+    lines = [{**example, **({"source": "mine"} if i % 5 == 0 else {})} for i, example in enumerate(EXAMPLES)]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    values = {"model": {"name": str(model)}, "data": {"sources": [source]}}
+    summary = pack(parse_recipe(values), root=tmp_path, out=tmp_path / "packed")
+    assert {name: counts["examples"] for name, counts in summary["sources"].items()} == {"mine": 5, "r": 20}
+    assert verified(tmp_path / "packed") == []
+
+
 def test_headers_add_up_to_the_manifest(packed: Path) -> None:
     manifest = json.loads((packed / "manifest.json").read_text())
     headers = []

@@ -422,20 +422,20 @@ HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
     "HuggingFaceFW/fineweb": ([{"text": "She will go to the city of Paris and then to the park.", "dump": "x"}], {}),
     "lmsys/lmsys-chat-1m": ([{"conversation": [USER, REPLY], "model": "m"}], {}),
     "stanfordnlp/sst2": (
-        [{"idx": i, "sentence": "A fine film. ", "label": i % 2} for i in range(2)],
+        [{"idx": i, "sentence": f"A fine film {i}. ", "label": i % 2} for i in range(2)],
         {"label": ["negative", "positive"]},
     ),
     "facebook/md_gender_bias": (
-        [{"text": "She went.", "title": "Ada", "persona": [], "gender": i} for i in range(3)],
+        [{"text": f"Person {i} went.", "title": "Ada", "persona": [], "gender": i} for i in range(3)],
         {"gender": ["gender-neutral", "female", "male"]},
     ),
     "stanfordnlp/snli": (
         [{"premise": "She went to the park.", "hypothesis": "She is in a {park}.", "label": i - 1} for i in range(4)],
         {"label": ["entailment", "neutral", "contradiction"]},
     ),
-    "FrancophonIA/WiLI-2018": ([{"Text": "A text.", "language": name} for name in ("English", "Dutch")], {}),
+    "FrancophonIA/WiLI-2018": ([{"Text": f"A {name} text.", "language": name} for name in ("English", "Dutch")], {}),
     "fancyzhx/ag_news": (
-        [{"text": "A match.", "label": i % 4} for i in range(4)],
+        [{"text": f"Match {i}.", "label": i % 4} for i in range(4)],
         {"label": ["World", "Sports", "Business", "Sci/Tech"]},
     ),
 }

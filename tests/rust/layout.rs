@@ -196,6 +196,18 @@ fn each_kind_of_damage_has_its_message() {
 }
 
 #[test]
+fn too_many_sources_are_refused() {
+    let from = |number: usize| Datapoint { source: Arc::from(number.to_string()), ..datapoint(number, &[1], 2, 1, 0) };
+    let encoded = |count: usize| {
+        let datapoints: Vec<Datapoint> = (0..count).map(from).collect();
+        shard::encode(&datapoints, &mut Stats::default(), |_| json!({}))
+    };
+    encoded(256).unwrap();
+    let error = encoded(257).unwrap_err().to_string();
+    assert!(error.contains("257 sources") && error.contains("fewer distinct \"source\" fields"), "{error}");
+}
+
+#[test]
 fn a_missing_file_is_its_own_error() {
     let nowhere = Path::new("nowhere/shard-00000.safetensors");
     assert!(matches!(layout(nowhere), Err(Error::Missing { .. })));

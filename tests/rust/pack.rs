@@ -105,7 +105,8 @@ fn the_manifest_says_what_was_packed() {
     assert_eq!(text, canonical_json(&manifest));
     assert_eq!(manifest["schema"], 1);
     assert_eq!(manifest["oracle"], common::settings()["oracle"]);
-    assert_eq!(manifest["sources"]["records"]["examples"], 28);
+    assert_eq!(manifest["sources"]["records"]["examples"], 27);
+    assert_eq!(manifest["sources"]["other"]["examples"], 1, "of a record that says its own source");
     let mut datapoints = 0;
     for shard in manifest["shards"].as_array().unwrap() {
         let path = folder.path().join(shard["file"].as_str().unwrap());

@@ -42,9 +42,14 @@ pub(crate) fn gather(units: &[Unit], outcomes: Outcomes) -> (Vec<Datapoint>, Sta
     let mut outcomes = outcomes.into_iter().flatten();
     for units in units.chunk_by(|one, next| Arc::ptr_eq(&one.source, &next.source)) {
         let source = &units[0].source;
-        let counts = stats.source(&source.name);
         let num_examples = units.iter().map(|unit| unit.examples.len()).sum();
         for outcome in outcomes.by_ref().take(num_examples) {
+            // Records may say another source than their file's; readers know them by it.
+            let own = match &outcome {
+                Outcome::Kept(example) => example.datapoints.first().map(|datapoint| &datapoint.source),
+                Outcome::Dropped(_) | Outcome::Bad(_) => None,
+            };
+            let counts = stats.source(own.unwrap_or(&source.name));
             counts.offered += 1;
             match outcome {
                 Outcome::Kept(example) => {

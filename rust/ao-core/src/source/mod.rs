@@ -74,7 +74,7 @@ pub(crate) struct Unit {
     /// Which of the row's examples are meant, as numbers within the row.
     pub(crate) examples: Vec<u32>,
     pub(crate) body: Body,
-    /// The row that it was made from, and the row's number.
+    /// Where the row stands that it was made from.
     table: Arc<Table>,
     row: usize,
 }
