@@ -300,6 +300,7 @@ fn wrong_settings_are_refused() {
     for (field, value, what) in [
         ("read_layers", json!([]), "is empty"),
         ("read_layers", json!([12]), "names layer 12"),
+        ("read_layers", json!([3, 6, 3]), "names layer 3 twice"),
         ("layers_per_example", json!("some"), "unknown variant `some`"),
         ("examples_per_shard", json!(0), "at least 1"),
         ("num_layers", json!(100_000), "at most 32767"),

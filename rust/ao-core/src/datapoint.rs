@@ -293,6 +293,11 @@ fn choose(rule: &Positions, readable: &[i32], draws: &mut Draws) -> Result<Vec<i
     }
 }
 
+/// A layer that is named twice.
+pub(crate) fn repeated(layers: &[usize]) -> Option<usize> {
+    (1..layers.len()).find(|&at| layers[..at].contains(&layers[at])).map(|at| layers[at])
+}
+
 /// The layers of each of the example's datapoints.
 fn layers_of(common: &Common, layers_per_example: LayersPerExample, question: &Question) -> Result<Vec<Vec<usize>>> {
     let layers: Vec<usize> = match &question.layers {
@@ -302,8 +307,8 @@ fn layers_of(common: &Common, layers_per_example: LayersPerExample, question: &Q
         }
         Some(layers) => layers.iter().map(|layer| layer.resolve(common.num_layers)).collect::<Result<_>>()?,
     };
-    if let Some(at) = (1..layers.len()).find(|&at| layers[..at].contains(&layers[at])) {
-        let what = format!("\"layers\" names layer {} twice; name each layer once, as index or as depth", layers[at]);
+    if let Some(layer) = repeated(&layers) {
+        let what = format!("\"layers\" names layer {layer} twice; name each layer once, as index or as depth");
         return Err(Error::value("repeated_layer", what));
     }
     Ok(match layers_per_example {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::datapoint::{Common, LayersPerExample, Share};
+use crate::datapoint::{Common, LayersPerExample, Share, repeated};
 use crate::error::{Error, Result};
 use crate::example::Positions;
 use crate::lens::{Direction, LensSettings};
@@ -296,6 +296,9 @@ impl PackSettings {
                 "\"read_layers\" names layer {layer} of a model with {} layers",
                 self.num_layers
             )));
+        }
+        if let Some(layer) = repeated(&self.read_layers) {
+            return Err(Error::settings(format!("\"read_layers\" names layer {layer} twice; name each layer once")));
         }
         if self.num_layers > i16::MAX as usize {
             return Err(Error::settings(format!("\"num_layers\" is {}, at most {} fit", self.num_layers, i16::MAX)));
