@@ -85,7 +85,10 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlanOptions):
-    """Show how full rows of some token budgets would be, or write the plan of one epoch."""
+    """Show how full rows of some token budgets would be, or write the plan of one epoch.
+
+    Exits with 1 where no budget is possible: each is less than the longest datapoint has.
+    """
 
     packed: tyro.conf.Positional[Path]
     """The packed data set."""
@@ -314,6 +317,8 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
             if short:
                 print(f"gain below {command.fail_under}: {', '.join(short)}", file=sys.stderr)
                 raise SystemExit(1)
+        if isinstance(command, Plan) and all(budget["plan"] is None for budget in result["budgets"]):
+            raise SystemExit(1)
         if isinstance(command, Inspect) and not result.get("ok", True):
             raise SystemExit(1)
 

@@ -5,6 +5,7 @@ Every command reads its part of the recipe; an unknown key is an error; the reso
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 Range = tuple[int, int]
 """An inclusive range of whole numbers."""
+SLOT = re.compile(r"\{([^{}]+)\}")
+"""A column's name in braces, as it stands in templates."""
+_STRAY = re.compile(r"\{\w+\}?|\w+\}")
+"""A name with a brace that is no slot."""
 LayersPerExample = Literal["each", "one", "together"]
 """each: a datapoint per layer; one: one layer drawn per example; together: one prompt that shows all."""
 
@@ -74,7 +79,12 @@ class ReadConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class UnanswerableConfig(Config):
-    """Examples whose placeholders read another example's context, so that no answer can be right: they teach abstention."""
+    """Examples whose placeholders read another context of the same source and shard: they teach abstention.
+
+    For questions that only their own context answers, as LatentQA's, or those that name a thing of the text. A question that
+    fits every text of a labelled table has a right answer for the other one too, which this would teach the oracle to hold
+    back. Where labels are known, the other context has another label.
+    """
 
     share: float = 0.1
     """Share of the source's examples that are made so."""
@@ -117,6 +127,11 @@ class SourceBase(Config):
         where = f"source {self.name!r}"
         if not self.name.strip():
             raise ValueError("a source's name is empty; expected a word for counts and reports")
+        # Ids are NAME/FILE/ROW of a folder and NAME/ROW of a file: a name with a slash could give another source's.
+        if "/" in self.name:
+            raise ValueError(
+                f"{where}: a name has no '/', which parts the names in ids; write {self.name.replace('/', '_')!r}"
+            )
         if (self.path is None) == (self.dataset is None):
             got = "neither" if self.path is None else f"path={self.path!r} and dataset={self.dataset!r}"
             raise ValueError(f"{where}: expected either path or dataset, got {got}")
@@ -179,7 +194,7 @@ class ClassificationSource(SourceBase):
     rows of that label are left out. Without `labels` they stand as they are. With labels "true" and "false" of a question
     without `{label}`, word them "Yes" and "No"."""
     prefix: str = ""
-    """Put before every question, as "Answer with 'Yes' or 'No' only. "."""
+    """Put before every question as it is, as "Answer with 'Yes' or 'No' only. "."""
     questions_per_text: int = 1
     """Examples made of each text, with different questions as long as they last."""
     unanswerable: UnanswerableConfig | None = None
@@ -198,6 +213,14 @@ class ClassificationSource(SourceBase):
             raise ValueError(
                 f"source {self.name!r}: questions_per_text must be positive, got {self.questions_per_text}"
             )
+        # What was meant as a column would be packed as it is written; braces beside no name are text.
+        for key, templates in (("text", (self.text,)), ("questions", self.questions), ("prefix", (self.prefix,))):
+            for template in templates:
+                if stray := _STRAY.search(template if key == "prefix" else SLOT.sub(" ", template)):
+                    expected = "no columns, they go into questions" if key == "prefix" else "columns as in {label}"
+                    raise ValueError(
+                        f"source {self.name!r}: {key}: expected {expected}, got {stray[0]!r} in {template!r}"
+                    )
         for value, phrasings in self.labels.items():
             for phrasing in (phrasings,) if isinstance(phrasings, str) else phrasings:
                 if not phrasing.strip():
@@ -360,6 +383,11 @@ class PlanOptions:
     epoch: int = 0
     """Keys the order too."""
 
+    def __post_init__(self) -> None:
+        for name in ("seed", "epoch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"plan: {name} must not be negative, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
@@ -507,10 +535,20 @@ def parse_recipe(values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe
                 problems.append(f"{where}: {item.get('ctx', {}).get('error', item['msg'])}")
                 continue
             if item["type"] == "unexpected_keyword_argument":
-                problems.append(f"{where}: unknown key; see `ao train --help` for those there are")
+                problems.append(f"{where}: unknown key; {_known(item['loc'])}")
             else:
                 problems.append(f"{where}: {item['msg']}, got {item['input']!r}")
         raise ValueError(f"{origin}: " + "; ".join(problems)) from None
+
+
+def _known(where: Sequence[int | str]) -> str:
+    """What lists the keys that a part of a recipe has."""
+    if len(where) == 1:
+        return f"a recipe has {', '.join(Recipe.__dataclass_fields__)}"
+    if any(isinstance(part, int) for part in where):
+        return "docs/packing.md has those of sources, recipes/ those of tasks"
+    command = {"data": "ao-pack", "eval": "ao eval"}.get(str(where[0]), "ao train")
+    return f"see `{command} --help` for those there are"
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -44,6 +44,11 @@ class PlanSettings(PlanOptions):
     tokens_per_row: int
     """Token budget of a row, which is one forward pass."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_row < 1:
+            raise ValueError(f"plan: tokens_per_row must be positive, got {self.tokens_per_row}")
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

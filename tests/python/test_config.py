@@ -124,8 +124,11 @@ def source(**values: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train": {"stepz": 1}}, "train.stepz: unknown key"),
-        (source(kind="records", foo=1), "foo: unknown key"),
+        ({"train": {"stepz": 1}}, "train.stepz: unknown key; see `ao train --help`"),
+        ({"data": {"sed": 1}}, "data.sed: unknown key; see `ao-pack --help`"),
+        ({"eval": {"sed": 1}}, "eval.sed: unknown key; see `ao eval --help`"),
+        ({"modle": {}}, "modle: unknown key; a recipe has model, data, train, eval"),
+        (source(kind="records", foo=1), "foo: unknown key; docs/packing.md has those of sources"),
         (source(kind="latentq"), "latentq"),
         (source(kind="classification"), "questions"),
         (source(kind="records", count=0), "count must be positive, got 0"),
@@ -146,6 +149,23 @@ def source(**values: object) -> dict[str, object]:
         (source(kind="latentqa", path=None, dataset="o/n"), "LatentQA is a folder of JSON files"),
         (source(kind="latentqa", types=[]), "types: expected different types"),
         (source(kind="classification", questions=[]), "questions is empty"),
+        (
+            source(kind="records", name="a/b"),
+            "source 'a/b': a name has no '/', which parts the names in ids; write 'a_b'",
+        ),
+        (
+            source(kind="classification", questions=["Is it {label?"]),
+            "questions: expected columns as in {label}, got '{label'",
+        ),
+        (source(kind="classification", questions=["Is it label}?"]), "got 'label}' in 'Is it label}?'"),
+        (
+            source(kind="classification", questions=["?"], text="{title. {b}"),
+            "text: expected columns as in {label}, got '{title'",
+        ),
+        (
+            source(kind="classification", questions=["?"], prefix="Of {a}: "),
+            "prefix: expected no columns, they go into questions",
+        ),
         (source(kind="classification", questions=["?"], labels={"a": [""]}), "labels.a: a phrasing is empty"),
         (source(kind="classification", questions=["?"], labels={"a": 1}), "labels.a"),
         ({"eval": {"tasks": [{"name": "t", "sources": [records(name="a", share=1)]}]}}, "a share is for data.sources"),

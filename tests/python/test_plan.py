@@ -154,7 +154,9 @@ def test_what_is_longer_than_a_row_is_named_or_stands_alone(data: PackedDataset)
         ({"tokens_per_step": 256, "examples_per_step": 8}, "one of them"),
         ({"window": 0}, "window"),
         ({"examples_per_row": 0}, "at least 1"),
-        ({"seed": -1}, "settings are not what they should be"),
+        ({"seed": -1}, "plan: seed must not be negative, got -1"),
+        ({"epoch": -1}, "plan: epoch must not be negative, got -1"),
+        ({"tokens_per_row": 0}, "plan: tokens_per_row must be positive, got 0"),
     ],
     ids=str,
 )
@@ -288,10 +290,16 @@ def test_the_command_compares_and_writes(packed: Path, tmp_path: Path, capsys: p
     plan = Plan.load(out, PackedDataset.open(packed))
     assert plan.settings == replace(EXAMPLES, tokens_per_row=512, window=64)
     assert printed == {"budgets": [{"tokens_per_row": 512, "longer": 0, "plan": plan.statistics()}], "out": str(out)}
-    with pytest.raises(SystemExit) as stop:
-        main(["plan", str(packed), "--out", str(tmp_path / "none")])
-    assert stop.value.code == 2
-    assert "expected one --tokens-per-row with --out, got 4" in capsys.readouterr().err
+    for flags, code, words in (
+        (["--out", str(tmp_path / "none")], 2, "expected one --tokens-per-row with --out, got 4"),
+        (["--tokens-per-row", "512", "0"], 2, "tokens_per_row must be positive, got 0"),
+        (["--epoch", "-1"], 2, "plan: epoch must not be negative, got -1"),
+        (["--tokens-per-row", "8", "9"], 1, "impossible"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", str(packed), *flags])
+        assert stop.value.code == code
+        assert words in " ".join("".join(capsys.readouterr()).split())
 
 
 # --- the extension ---------------------------------------------------------------------------------------------------

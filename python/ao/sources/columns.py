@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ao.config import ClassificationSource, ContextPredictionSource, SourceConfig
+from ao.config import SLOT, ClassificationSource, ContextPredictionSource, SourceConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_FIELD = re.compile(r"\{([^{}]+)\}")
-
 
 def fields(template: str) -> list[str]:
     """The columns that stand in braces in a template, each once."""
-    return list(dict.fromkeys(_FIELD.findall(template)))
+    return list(dict.fromkeys(SLOT.findall(template)))
 
 
 @dataclass(frozen=True)
