@@ -43,8 +43,9 @@ test: lint ## everything that CI checks
 	cargo test --release --quiet
 	$(BIN)/python -m pytest
 
-soak: install ## the long counts: 50 kills, many cases of each property, a minute of fuzzing for each target
+soak: install ## the long counts: 50 kills of builds and 100 of writers, many cases of each property, a minute of fuzzing for each target
 	AO_KILLS=50 $(BIN)/python -m pytest -s tests/python/test_kill.py
+	AO_KILLS=100 $(BIN)/python -m pytest -s tests/python/test_cache.py -k killed
 	PROPTEST_CASES=2000 cargo test --quiet
 	$(MAKE) fuzz
 
@@ -52,7 +53,7 @@ soak: install ## the long counts: 50 kills, many cases of each property, a minut
 fuzz: ## fuzz every target for SECONDS=60; keeps what it learned in tests/fuzz/corpus
 	@if cargo +nightly fuzz --version >/dev/null 2>&1; then \
 		AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --quiet --test fuzz_findings seeds && \
-		for target in jsonl template tokenizer_json shard manifest; do \
+		for target in jsonl template tokenizer_json shard manifest activations; do \
 			RAYON_NUM_THREADS=1 cargo +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- \
 				-max_total_time=$(or $(SECONDS),60) -timeout=20 -rss_limit_mb=2500 -max_len=6000 -verbosity=0 || exit 1; \
 		done; \

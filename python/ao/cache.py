@@ -97,14 +97,16 @@ class CachedLayer:
         """A row [D], or rows [K, D] side by side in one unit, as a read-only view of the file; BF16 as its uint16 bits."""
         if isinstance(which, slice):
             start, stop, step = which.indices(len(self))
+            if step == 1 and stop <= start:
+                return np.empty((0, self.width), dtype=_NUMPY[self.dtype])
             unit = self._unit(start) if start < len(self) else 0
-            first = int(self._starts[unit])
-            if step != 1 or (stop > start and stop > self._starts[unit + 1]):
+            if step != 1 or stop > self._starts[unit + 1]:
                 raise IndexError(
                     f"layer {self.layer}: rows {start}..{stop} in steps of {step} do not lie side by side in one file; "
                     "use gather"
                 )
-            return self._view(unit)[start - first : max(start, stop) - first]
+            first = int(self._starts[unit])
+            return self._view(unit)[start - first : stop - first]
         if not -len(self) <= which < len(self):
             raise IndexError(f"layer {self.layer}: row {which} of {len(self)}")
         which %= len(self)
@@ -145,7 +147,12 @@ class CachedLayer:
 
         Args:
             keys: uint64 [K, 2], as `context_keys` gives them.
+
+        Raises:
+            ValueError: the keys are something else.
         """
+        if keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != 2:
+            raise ValueError(f"keys: expected uint64 [K, 2], got {keys.dtype} {list(keys.shape)}; see context_keys")
         found = np.full(len(keys), -1, dtype=np.int64)
         for unit, start in zip(self._units, self._starts, strict=False):
             missing = np.flatnonzero(found < 0)
@@ -178,11 +185,13 @@ class CachedLayer:
 
         Raises:
             IndexError: there is no such row.
-            ValueError: `out` has another size or type.
+            ValueError: `out` has another shape or type, or `rows` are no numbers.
         """
         files, places = self._places(rows)
         if out is None:
-            out = np.empty((len(rows), self.width), dtype=_NUMPY[self.dtype])
+            out = np.empty((len(files), self.width), dtype=_NUMPY[self.dtype])
+        if tuple(out.shape) != (len(files), self.width):
+            raise ValueError(f"out: expected the shape {[len(files), self.width]}, got {list(out.shape)}")
         self._reader.gather(files, places, _as_array(out, self.dtype), mode=mode)
         return out
 
@@ -191,9 +200,12 @@ class CachedLayer:
         self._reader.prefetch(*self._places(rows))
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            raise ValueError(f"rows: expected their numbers, got {rows.dtype} {list(rows.shape)}")
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"layer {self.layer}: rows {rows.min()}..{rows.max()} of {len(self)}")
+        rows = rows.astype(np.int64)
         units = self._starts.searchsorted(rows, side="right") - 1
         return units.astype(np.uint32), (rows - self._starts[units]).astype(np.uint32)
 
@@ -345,8 +357,8 @@ def verify(path: str | Path) -> list[str]:
             problems.append(str(error))
     if (folder / "manifest.json").is_file():
         try:
-            listed = {unit["index"]: unit for unit in read_manifest(folder / "manifest.json")["units"]}
-        except (ValueError, KeyError, TypeError) as error:
+            listed = {unit["index"]: unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
         there = {index.name: index for index in indexes}
         problems += [
@@ -355,6 +367,6 @@ def verify(path: str | Path) -> list[str]:
         problems += [
             f"{path}: not the file that manifest.json lists; run ao collect again"
             for name, path in there.items()
-            if name in listed and _ao.input_digest(str(path)) != listed[name]["xxh3"]
+            if name in listed and _ao.input_digest(str(path)) != listed[name]
         ]
     return problems

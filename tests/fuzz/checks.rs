@@ -1,11 +1,15 @@
-//! What holds of any bytes at all: the readers of JSONL, templates, tokenizers, shards and parts refuse or read them, but
-//! never panic, never hang and never ask for more memory than the input is worth; and what they do read is sound.
+//! What holds of any bytes at all: the readers of JSONL, templates, tokenizers, shards, parts and activations refuse or
+//! read them, but never panic, never hang and never ask for more memory than the input is worth; and what they do read is sound.
 //!
 //! The fuzz targets run these checks, and so does `tests/rust/fuzz_findings.rs`, on what was found and on mutated seeds.
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
+use ao_core::activations::index::{self, Unit};
+use ao_core::activations::reader::{Mode, RowReader};
+use ao_core::activations::writer::UnitWriter;
+use ao_core::activations::{HEADER_BYTES, RowType};
 use ao_core::example::Message;
 use ao_core::folder::{Part, merge};
 use ao_core::frame::Framer;
@@ -216,6 +220,58 @@ pub fn manifest(data: &[u8]) {
     assert_eq!(merge(folder.path()).expect("a merge can be repeated"), text);
 }
 
+/// The files of a unit of activations: the rows of a layer, then the index.
+static UNIT: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let row = RowType::new("F16", 5).expect("such rows are kept");
+    let unit = Unit { run: "r".to_owned(), number: 0, contract: json!({"model": "m"}), row };
+    let mut writer = UnitWriter::new(folder.path(), unit, &[3, 4]).expect("the unit is sound");
+    let rows: Vec<u8> = (0..70).collect();
+    writer.append(3, &[1 << 70, 5, 6, 7, 1, 2, 3], &[1.5; 7], &rows).expect("the rows are sound");
+    writer.finish().expect("it can be written");
+    files(folder.path())
+});
+
+/// Any bytes as the rows (behind a zero byte) or the index of a unit: what has a layout lies inside the file, rows that
+/// are proved are those that were written, and what can be read is what the file holds.
+pub fn activations(data: &[u8]) {
+    let Some((&choice, data)) = data.split_first() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let is_index = usize::from(choice != 0);
+    let paths: Vec<_> = UNIT.iter().map(|(name, _)| folder.path().join(name)).collect();
+    for (at, (path, (_, sound))) in paths.iter().zip(UNIT.iter()).enumerate() {
+        std::fs::write(path, if at == is_index { data } else { sound }).expect("it can be written");
+    }
+    let [rows, index] = &paths[..] else { panic!("a unit of one layer has two files") };
+    let is_proved = index::verify(index).is_ok();
+    match index::layout(index) {
+        Err(_) => assert!(!is_proved),
+        Ok((about, arrays)) => {
+            let about: Value = serde_json::from_str(&about).expect("what an index says is JSON");
+            let size = std::fs::metadata(index).expect("it is there").len();
+            for array in arrays {
+                let width = array.dtype[1..].parse::<u64>().expect("a type and its bits") / 8;
+                let [length] = array.shape[..] else { panic!("{array:?}") };
+                assert!(array.offset + length as u64 * width <= size, "{array:?}");
+                let (name, layer) = array.name.split_once('.').expect("an array is of a layer");
+                assert!(name == "blocks" || about["rows"][layer].as_u64() == Some(length as u64), "{array:?}");
+            }
+        }
+    }
+    let row = RowType::new("F16", 5).expect("such rows are kept");
+    if is_index == 0 {
+        assert_eq!(is_proved, data == UNIT[0].1);
+    }
+    if let Ok(reader) = RowReader::open(std::slice::from_ref(rows), row) {
+        let held = &std::fs::read(rows).expect("it is there")[HEADER_BYTES..];
+        let places: Vec<(u32, u32)> = (0..(held.len() / row.bytes()) as u32).rev().map(|row| (0, row)).collect();
+        let mut out = vec![0; held.len()];
+        reader.gather(&places, &mut out, Mode::Auto).expect("the rows are there");
+        assert_eq!(out, held.rchunks(row.bytes()).flatten().copied().collect::<Vec<_>>());
+        assert!(reader.prefetch(&[(0, places.len() as u32)]).is_err(), "there is no row behind the last");
+    }
+}
+
 /// Sound inputs of a check, to mutate.
 #[allow(dead_code, reason = "the fuzz targets start from files")]
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
@@ -229,6 +285,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "tokenizer_json" => vec![TOKENIZER.as_bytes().to_vec(), small_tokenizer().to_string().into_bytes()],
         "shard" => shards().collect(),
         "manifest" => vec![parts().flat_map(|bytes| [bytes, &[0]].concat()).collect()],
+        "activations" => (0..).zip(UNIT.iter()).map(|(at, (_, bytes))| [&[at], bytes.as_slice()].concat()).collect(),
         other => panic!("there is no check {other:?}"),
     }
 }

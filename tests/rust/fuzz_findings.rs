@@ -16,12 +16,13 @@ use serde_json::{Map, json};
 
 type Check = fn(&[u8]);
 
-const TARGETS: [(&str, Check); 5] = [
+const TARGETS: [(&str, Check); 6] = [
     ("jsonl", checks::jsonl),
     ("template", checks::template),
     ("tokenizer_json", checks::tokenizer_json),
     ("shard", checks::shard),
     ("manifest", checks::manifest),
+    ("activations", checks::activations),
 ];
 
 /// Words at which readers stumble.
@@ -144,6 +145,9 @@ proptest! {
 
     #[test]
     fn any_parts(data in mutated("manifest")) { checks::manifest(&data.0) }
+
+    #[test]
+    fn any_activations(data in mutated("activations")) { checks::activations(&data.0) }
 }
 
 /// A row may name any numbers: these were added up beyond 64 bits.
@@ -257,6 +261,28 @@ fn parts_that_count_more_shards_than_there_are() {
     assert!(parts.contains("\"num_shards\":3"));
     for count in ["1000000000000", "18446744073709551615", "0", "2"] {
         checks::manifest(parts.replace("\"num_shards\":3", &format!("\"num_shards\":{count}")).as_bytes());
+    }
+}
+
+/// Memory was asked for by what an index says of its rows, and its rows of values were multiplied beyond 64 bits.
+#[test]
+fn an_index_of_more_rows_than_there_are() {
+    let index = String::from_utf8_lossy(&checks::seeds("activations")[1]).into_owned();
+    assert!(index.contains("\\\"rows\\\":{\\\"3\\\":7,") && index.contains("\\\"width\\\":5,"));
+    for (field, others) in [
+        (":7,", ["2305843009213693952", "4611686018427387904", "18446744073709551615", "-1"]),
+        (":5,", ["9223372036854775808", "18446744073709551615", "0", "1e9"]),
+    ] {
+        for other in others {
+            let seed = &checks::seeds("activations")[1];
+            // The header's length, in front of it, has to grow by as much.
+            let header = u64::from_le_bytes(seed[1..9].try_into().unwrap()) as usize;
+            let text = String::from_utf8(seed[9..9 + header].to_vec()).unwrap();
+            let text = text.replacen(field, &format!(":{other},"), 1);
+            checks::activations(
+                &[&[1][..], &(text.len() as u64).to_le_bytes(), text.as_bytes(), &seed[9 + header..]].concat(),
+            );
+        }
     }
 }
 

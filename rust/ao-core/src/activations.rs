@@ -25,6 +25,8 @@ pub const TENSOR: &str = "activations";
 pub const HEADER_BYTES: usize = 4096;
 /// Bytes of rows under one checksum.
 pub const BLOCK_BYTES: usize = 4 << 20;
+/// Most values of a row; far more than a model has, and few enough that no product of sizes leaves 64 bits.
+pub const MAX_WIDTH: usize = 1 << 24;
 /// What an index's name ends with.
 pub const INDEX_SUFFIX: &str = ".index.safetensors";
 
@@ -41,7 +43,7 @@ impl RowType {
     /// A row of `width` values of the type that safetensors calls `dtype`.
     ///
     /// # Errors
-    /// If the type is no floating-point type of 2 or 4 bytes, or `width` is 0.
+    /// If the type is no floating-point type of 2 or 4 bytes, or `width` is 0 or above [`MAX_WIDTH`].
     pub fn new(dtype: &str, width: usize) -> Result<Self> {
         let dtype = match dtype {
             "BF16" => Dtype::BF16,
@@ -51,8 +53,8 @@ impl RowType {
                 return Err(Error::input(format!("rows of {other:?} cannot be kept; expected BF16, F16 or F32")));
             }
         };
-        if width == 0 {
-            return Err(Error::input("a row of no values cannot be kept; expected a width of 1 at least"));
+        if !(1..=MAX_WIDTH).contains(&width) {
+            return Err(Error::input(format!("a row of {width} values cannot be kept; expected 1 to {MAX_WIDTH}")));
         }
         Ok(Self { dtype, width })
     }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use ao_core::Error;
 use ao_core::activations::index::{self, Unit};
 use ao_core::activations::reader::{Mode, Place, RowReader};
 use ao_core::activations::writer::UnitWriter;
 use ao_core::activations::{RowType, keys};
-use ao_core::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -21,8 +21,8 @@ const KEY_BYTES: usize = 16;
 
 /// For each position of a context its key: uint64 [n, 2], upper and lower half.
 #[pyfunction]
-pub fn context_keys<'py>(py: Python<'py>, ids: Buffer) -> PyResult<Bound<'py, PyBytes>> {
-    let ids: Vec<i32> = words(&ids, "ids")?.into_iter().map(i32::from_le_bytes).collect();
+pub fn context_keys(py: Python<'_>, ids: Buffer) -> PyResult<Bound<'_, PyBytes>> {
+    let ids: Vec<i32> = words(&ids, "ids", "il")?.into_iter().map(i32::from_le_bytes).collect();
     let found = py.detach(|| keys::context_keys(&ids));
     PyBytes::new_with(py, KEY_BYTES * found.len(), |out| {
         for (out, key) in out.as_chunks_mut::<KEY_BYTES>().0.iter_mut().zip(found) {
@@ -65,34 +65,30 @@ impl ActivationWriter {
         Ok(Self { writer: Mutex::new(Some(writer)) })
     }
 
-    fn append(
-        &self,
-        py: Python<'_>,
-        layer: u16,
-        keys: Buffer,
-        norms: Buffer,
-        rows: Buffer,
-    ) -> PyResult<()> {
-        let keys: Vec<u128> = bytes(&keys, "keys")?.as_chunks::<KEY_BYTES>().0.iter().map(key).collect();
-        let norms: Vec<f32> = words(&norms, "norms")?.into_iter().map(f32::from_le_bytes).collect();
+    fn append(&self, py: Python<'_>, layer: u16, keys: Buffer, norms: Buffer, rows: Buffer) -> PyResult<()> {
+        let (keys, rest) = bytes(&keys, "keys")?.as_chunks::<KEY_BYTES>();
+        if !rest.is_empty() {
+            let what = format!("keys have {} bytes too many; expected uint64 [K, 2]", rest.len());
+            return Err(to_python(Error::Input(what)));
+        }
+        let keys: Vec<u128> = keys.iter().map(key).collect();
+        let norms: Vec<f32> = words(&norms, "norms", "f")?.into_iter().map(f32::from_le_bytes).collect();
         let rows = bytes(&rows, "rows")?;
-        self.with(|writer| py.detach(|| writer.append(layer, &keys, &norms, rows)))
+        self.with(py, |writer| writer.append(layer, &keys, &norms, rows))
     }
 
     /// Rows of each layer so far.
     #[getter]
-    fn rows(&self) -> PyResult<BTreeMap<u16, usize>> {
-        self.with(|writer| Ok(writer.rows()))
+    fn rows(&self, py: Python<'_>) -> PyResult<BTreeMap<u16, usize>> {
+        self.with(py, |writer| Ok(writer.rows()))
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<String> {
-        let writer = self.locked().take().ok_or_else(finished)?;
-        py.detach(|| writer.finish()).map_err(to_python)
+        py.detach(|| self.locked().take().ok_or_else(finished)?.finish()).map_err(to_python)
     }
 
     fn abandon(&self, py: Python<'_>) {
-        let writer = self.locked().take();
-        py.detach(|| drop(writer));
+        py.detach(|| drop(self.locked().take()));
     }
 }
 
@@ -101,13 +97,18 @@ impl ActivationWriter {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut UnitWriter) -> ao_core::Result<T>) -> PyResult<T> {
-        work(self.locked().as_mut().ok_or_else(finished)?).map_err(to_python)
+    /// Without the interpreter also while waiting for another thread, which needs it to return.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut UnitWriter) -> ao_core::Result<T> + Send,
+    ) -> PyResult<T> {
+        py.detach(|| work(self.locked().as_mut().ok_or_else(finished)?)).map_err(to_python)
     }
 }
 
-fn finished() -> PyErr {
-    to_python(Error::Input("this writer has finished; make a new one for the next unit".to_owned()))
+fn finished() -> Error {
+    Error::Input("this writer has finished; make a new one for the next unit".to_owned())
 }
 
 /// Reads rows of one layer at random.
@@ -126,14 +127,7 @@ impl ActivationReader {
     }
 
     #[pyo3(signature = (files, rows, out, *, mode = "auto"))]
-    fn gather(
-        &self,
-        py: Python<'_>,
-        files: Buffer,
-        rows: Buffer,
-        mut out: Buffer,
-        mode: &str,
-    ) -> PyResult<()> {
+    fn gather(&self, py: Python<'_>, files: Buffer, rows: Buffer, mut out: Buffer, mode: &str) -> PyResult<()> {
         let (places, mode) = (places(&files, &rows)?, Mode::named(mode).map_err(to_python)?);
         let out = bytes_mut(&mut out, "out")?;
         py.detach(|| self.reader.gather(&places, out, mode)).map_err(to_python)
@@ -146,7 +140,7 @@ impl ActivationReader {
 }
 
 fn places(files: &Buffer, rows: &Buffer) -> PyResult<Vec<Place>> {
-    let (files, rows) = (words(files, "files")?, words(rows, "rows")?);
+    let (files, rows) = (words(files, "files", "IL")?, words(rows, "rows", "IL")?);
     if files.len() != rows.len() {
         let what = format!("{} files and {} rows; expected one file for each row", files.len(), rows.len());
         return Err(to_python(Error::Input(what)));

@@ -50,13 +50,14 @@ fn require_contiguous(buffer: &PyUntypedBuffer, what: &str) -> PyResult<()> {
     Err(to_python(Error::Input(format!("{what} is not contiguous; copy it with numpy.ascontiguousarray"))))
 }
 
-/// The values of a buffer of little-endian 4-byte integers or floats.
-pub(crate) fn words(of: &Buffer, what: &str) -> PyResult<Vec<[u8; 4]>> {
+/// The values of a buffer of little-endian 4-byte integers or floats, of one of `types` as Python's `struct` calls them.
+pub(crate) fn words(of: &Buffer, what: &str, types: &str) -> PyResult<Vec<[u8; 4]>> {
     let bytes = bytes(of, what)?;
     let Buffer(buffer) = of;
-    if buffer.item_size() != 4 {
+    let found = buffer.format().to_string_lossy();
+    if buffer.item_size() != 4 || !types.contains(found.trim_start_matches(['<', '=', '@'])) {
         return Err(to_python(Error::Input(format!(
-            "{what} has values of {} bytes; expected 4",
+            "{what} has values of {} bytes and type {found:?}; expected 4 and one of {types:?}",
             buffer.item_size()
         ))));
     }

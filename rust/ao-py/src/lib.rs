@@ -21,9 +21,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule(gil_used = false)]
 mod _ao {
     #[pymodule_export]
-    use super::activations::{
-        ActivationReader, ActivationWriter, activation_index, context_keys, verify_activations,
-    };
+    use super::activations::{ActivationReader, ActivationWriter, activation_index, context_keys, verify_activations};
     #[pymodule_export]
     use super::error::AoError;
     #[pymodule_export]

@@ -38,20 +38,26 @@ impl DerefMut for Aligned {
     }
 }
 
-/// A new file for writing whose first page is zero; past the page cache where that can be.
+/// A new file for writing whose first page is zero; past the page cache where that can be. Nothing is left where it fails.
 pub(crate) fn create(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    if let Some(file) = direct(options.clone().create_new(true), path)? {
-        match write_at(&file, &Aligned::new(PAGE), 0) {
-            // Some file systems take the flag and refuse the write.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
-            written => return written.map(|()| file),
+    let plain = options.clone().create_new(true).open(path)?;
+    let begun = (|| {
+        if let Some(file) = direct(&mut options, path)? {
+            match write_at(&file, &Aligned::new(PAGE), 0) {
+                // Some file systems take the flag and refuse the write.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
+                written => return written.map(|()| file),
+            }
         }
+        write_at(&plain, &[0; PAGE], 0)?;
+        Ok(plain)
+    })();
+    if begun.is_err() {
+        let _ = std::fs::remove_file(path);
     }
-    let file = options.create(true).truncate(true).open(path)?;
-    write_at(&file, &[0; PAGE], 0)?;
-    Ok(file)
+    begun
 }
 
 /// A file for reading past the page cache, if that can be.

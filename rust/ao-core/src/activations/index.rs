@@ -5,19 +5,20 @@
 //! where it stands the unit is whole.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorView};
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{BLOCK_BYTES, HEADER_BYTES, INDEX_SUFFIX, RowType, SCHEMA, TENSOR, header};
 use crate::error::{Error, Result};
 use crate::layout::{ArrayLayout, arrays};
-use crate::manifest::{canonical_json, write_atomic};
+use crate::manifest::canonical_json;
 use crate::shard::METADATA_KEY;
 
 /// One unit: by whom it was written, and of what.
@@ -62,12 +63,30 @@ pub(crate) struct LayerRows {
     pub(crate) blocks: Vec<u64>,
 }
 
+/// The arrays of a layer and their types.
+const COLUMNS: [(&str, Dtype); 5] = [
+    ("keys_hi", Dtype::U64),
+    ("keys_lo", Dtype::U64),
+    ("rows", Dtype::U32),
+    ("norms", Dtype::F32),
+    ("blocks", Dtype::U64),
+];
+/// The same limit as the safetensors format has.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+fn item_bytes(dtype: Dtype) -> usize {
+    if dtype == Dtype::U64 { 8 } else { 4 }
+}
+
 fn le_bytes<T: bytemuck::NoUninit>(values: &[T]) -> Vec<u8> {
     bytemuck::cast_slice(values).to_vec()
 }
 
-/// Write the index of a unit into `folder`, and return its name.
-pub(crate) fn write(folder: &Path, unit: &Unit, layers: &BTreeMap<u16, LayerRows>) -> Result<String> {
+/// The bytes of the index of a unit.
+///
+/// # Errors
+/// If a key is there twice in a layer.
+pub(crate) fn encode(unit: &Unit, layers: &BTreeMap<u16, &LayerRows>) -> Result<Vec<u8>> {
     let mut tensors: BTreeMap<String, (Dtype, usize, Vec<u8>)> = BTreeMap::new();
     for (layer, held) in layers {
         let mut order: Vec<u32> = (0..held.keys.len() as u32).collect();
@@ -75,27 +94,31 @@ pub(crate) fn write(folder: &Path, unit: &Unit, layers: &BTreeMap<u16, LayerRows
         if let Some(twice) = order.windows(2).find(|pair| held.keys[pair[0] as usize] == held.keys[pair[1] as usize]) {
             return Err(Error::input(format!(
                 "rows {} and {} of layer {layer} have the same key; a unit holds each row once",
-                twice[0], twice[1]
+                twice[0].min(twice[1]),
+                twice[0].max(twice[1])
             )));
         }
-        let sorted = |half: fn(u128) -> u64| -> Vec<u64> { order.iter().map(|&row| half(held.keys[row as usize])).collect() };
+        let sorted =
+            |half: fn(u128) -> u64| -> Vec<u64> { order.iter().map(|&row| half(held.keys[row as usize])).collect() };
         let columns = [
-            ("keys_hi", Dtype::U64, order.len(), le_bytes(&sorted(|key| (key >> 64) as u64))),
-            ("keys_lo", Dtype::U64, order.len(), le_bytes(&sorted(|key| key as u64))),
-            ("rows", Dtype::U32, order.len(), le_bytes(&order)),
-            ("norms", Dtype::F32, held.norms.len(), le_bytes(&held.norms)),
-            ("blocks", Dtype::U64, held.blocks.len(), le_bytes(&held.blocks)),
+            le_bytes(&sorted(|key| (key >> 64) as u64)),
+            le_bytes(&sorted(|key| key as u64)),
+            le_bytes(&order),
+            le_bytes(&held.norms),
+            le_bytes(&held.blocks),
         ];
-        for (name, dtype, length, bytes) in columns {
-            tensors.insert(format!("{name}.{layer}"), (dtype, length, bytes));
+        for ((name, dtype), bytes) in COLUMNS.into_iter().zip(columns) {
+            tensors.insert(format!("{name}.{layer}"), (dtype, bytes.len() / item_bytes(dtype), bytes));
         }
     }
     let rows: serde_json::Map<String, Value> =
         layers.iter().map(|(layer, held)| (layer.to_string(), json!(held.keys.len()))).collect();
-    let about = json!({
+    let mut about = json!({
         "schema": SCHEMA, "contract": unit.contract, "run": unit.run, "unit": unit.number, "dtype": unit.row.name(),
-        "width": unit.row.width, "rows": rows, "xxh3": digest(tensors.iter().map(|(name, tensor)| (name.as_str(), &*tensor.2))),
+        "width": unit.row.width, "rows": rows,
     });
+    let digest = digest(&about, tensors.iter().map(|(name, tensor)| (name.as_str(), &*tensor.2)));
+    about["xxh3"] = digest.into();
     let failed = |error| Error::input(format!("an index cannot be written: {error}"));
     let views = tensors
         .iter()
@@ -103,15 +126,15 @@ pub(crate) fn write(folder: &Path, unit: &Unit, layers: &BTreeMap<u16, LayerRows
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(failed)?;
     let metadata = HashMap::from([(METADATA_KEY.to_owned(), canonical_json(&about))]);
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
-    let name = unit.index_name();
-    write_atomic(&folder.join(&name), &bytes)?;
-    Ok(name)
+    safetensors::serialize(views, Some(metadata)).map_err(failed)
 }
 
-/// The xxh3-128 over tensors in the order of their names.
-fn digest<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
+/// The xxh3-128 over what an index says, without the digest itself, and its tensors in the order of their names.
+fn digest<'a>(about: &Value, tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
+    let mut about = about.clone();
+    about.as_object_mut().map(|about| about.remove("xxh3"));
     let mut hasher = Xxh3::new();
+    hasher.update(canonical_json(&about).as_bytes());
     for (name, bytes) in tensors {
         hasher.update(name.as_bytes());
         hasher.update(&(bytes.len() as u64).to_le_bytes());
@@ -125,24 +148,82 @@ fn digest<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
 /// # Errors
 /// If the file is missing, cut, or no index.
 pub fn layout(path: &Path) -> Result<(String, Vec<ArrayLayout>)> {
-    let mut file = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
-    let size = file.metadata().map_err(|error| Error::io(path, "reading", error))?.len();
-    let mut bytes = vec![0; 8];
-    let mut fill = |bytes: &mut [u8]| file.read_exact(bytes).map_err(|error| Error::io(path, "reading", error));
-    if size >= 8 {
-        fill(&mut bytes)?;
+    let opened = Opened::new(path)?;
+    Ok((canonical_json(&opened.about), arrays(&opened.header, opened.start)))
+}
+
+/// An index whose header was read, says all that it must, and fits the file; what is behind it was not looked at.
+struct Opened {
+    file: File,
+    header: Metadata,
+    about: Value,
+    /// Where the arrays begin, and how many bytes they have.
+    start: u64,
+    length: usize,
+    unit: Unit,
+    /// Rows of each layer.
+    rows: BTreeMap<u16, usize>,
+}
+
+impl Opened {
+    fn new(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
+        let size = file.metadata().map_err(|error| Error::io(path, "reading", error))?.len();
+        let mut read = |bytes: &mut [u8]| file.read_exact(bytes).map_err(|error| Error::io(path, "reading", error));
+        let mut bytes = vec![0; 8.min(size as usize)];
+        read(&mut bytes)?;
+        // No more is asked for than the file has, or than a header may have: its length may be anything.
+        let end = bytes.first_chunk().map(|length| u64::from_le_bytes(*length).saturating_add(8));
+        if let Some(end) = end.filter(|&end| end <= size.min(MAX_HEADER_BYTES)) {
+            bytes.resize(end as usize, 0);
+            read(&mut bytes[8..])?;
+        }
+        let (header, about, start) = header::decode(path, &bytes)?;
+        let (start, length) = (start as u64, header.data_len());
+        if size - start != length as u64 {
+            let expected = start + length as u64;
+            let what = format!("damaged: expected {expected} bytes, got {size}; collect the unit again");
+            return Err(Error::shard(path, what));
+        }
+        let (unit, rows) = described(&header, &about).map_err(|what| wrong(path, what))?;
+        Ok(Self { file, header, about, start, length, unit, rows })
     }
-    let length = u64::from_le_bytes(bytes[..].try_into().expect("there are eight"));
-    if let Some(end) = length.checked_add(8).filter(|&end| end <= size) {
-        bytes.resize(end as usize, 0);
-        fill(&mut bytes[8..])?;
+}
+
+fn wrong(path: &Path, what: impl Display) -> Error {
+    Error::shard(path, format!("not an index of activations: {what}; collect the unit again"))
+}
+
+/// Of which unit a header is the index, and the rows of each layer; its arrays are those of that many rows, no others.
+fn described(header: &Metadata, about: &Value) -> std::result::Result<(Unit, BTreeMap<u16, usize>), String> {
+    let missing = |name: &str| format!("{name:?} is missing, or nothing that it can be");
+    let text = |name: &str| about[name].as_str().map(str::to_owned).ok_or_else(|| missing(name));
+    let number = |name: &str| about[name].as_u64().ok_or_else(|| missing(name));
+    let unit = Unit {
+        run: text("run")?,
+        number: u32::try_from(number("unit")?).map_err(|_| missing("unit"))?,
+        contract: about["contract"].clone(),
+        row: RowType::new(&text("dtype")?, number("width")? as usize).map_err(|error| error.to_string())?,
+    };
+    let mut rows = BTreeMap::new();
+    for (layer, count) in about["rows"].as_object().ok_or_else(|| missing("rows"))? {
+        let count = count.as_u64().filter(|&count| u32::try_from(count).is_ok()).ok_or_else(|| missing("rows"))?;
+        let number = layer.parse().ok().filter(|number: &u16| number.to_string() == *layer);
+        let layer = number.ok_or_else(|| format!("{layer:?} is no number of a layer"))?;
+        let blocks = (count * unit.row.bytes() as u64).div_ceil(BLOCK_BYTES as u64);
+        for (name, dtype) in COLUMNS {
+            let length = if name == "blocks" { blocks } else { count } as usize;
+            let info = header.info(&format!("{name}.{layer}"));
+            if info.is_none_or(|info| info.dtype != dtype || info.shape != [length]) {
+                return Err(format!("layer {layer}: {name:?} are not {length} values of {dtype:?}"));
+            }
+        }
+        rows.insert(layer, count as usize);
     }
-    let (header, about, start) = header::decode(path, &bytes)?;
-    let expected = (start + header.data_len()) as u64;
-    if size != expected {
-        return Err(Error::shard(path, format!("damaged: expected {expected} bytes, got {size}; collect the unit again")));
+    if header.tensors().len() != COLUMNS.len() * rows.len() {
+        return Err(format!("there are other arrays than those of its {} layers", rows.len()));
     }
-    Ok((canonical_json(&about), arrays(&header, start as u64)))
+    Ok((unit, rows))
 }
 
 /// An index, read and checked.
@@ -152,70 +233,42 @@ struct Whole {
 }
 
 fn read(path: &Path) -> Result<Whole> {
-    let wrong = |what: String| Error::shard(path, format!("not an index of activations: {what}; collect the unit again"));
-    let bytes = std::fs::read(path).map_err(|error| Error::io(path, "reading", error))?;
-    let (_, about, _) = header::decode(path, &bytes)?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
-    let mut by_name: BTreeMap<String, (Dtype, &[u8])> = BTreeMap::new();
-    for (name, view) in tensors.iter() {
-        by_name.insert(name.to_owned(), (view.dtype(), view.data()));
-    }
-    let found = digest(by_name.iter().map(|(name, (_, bytes))| (name.as_str(), *bytes)));
-    if about["xxh3"].as_str() != Some(&found) {
-        return Err(wrong(format!("its arrays have xxh3 {found}, written was {}", about["xxh3"])));
-    }
-    let text = |name: &str| about[name].as_str().map(str::to_owned).ok_or_else(|| wrong(format!("{name:?} is missing")));
-    let number = |name: &str| about[name].as_u64().ok_or_else(|| wrong(format!("{name:?} is missing")));
-    let unit = Unit {
-        run: text("run")?,
-        number: number("unit")? as u32,
-        contract: about["contract"].clone(),
-        row: RowType::new(&text("dtype")?, number("width")? as usize)?,
-    };
-    let rows = about["rows"].as_object().ok_or_else(|| wrong("\"rows\" is missing".to_owned()))?;
-    if by_name.len() != 5 * rows.len() {
-        return Err(wrong(format!("expected five arrays for each of {} layers, got {}", rows.len(), by_name.len())));
+    let mut opened = Opened::new(path)?;
+    let mut bytes = vec![0; opened.length];
+    opened.file.read_exact(&mut bytes).map_err(|error| Error::io(path, "reading", error))?;
+    let by_name: BTreeMap<String, &[u8]> = opened
+        .header
+        .tensors()
+        .into_iter()
+        .map(|(name, info)| (name, &bytes[info.data_offsets.0..info.data_offsets.1]))
+        .collect();
+    let found = digest(&opened.about, by_name.iter().map(|(name, bytes)| (name.as_str(), *bytes)));
+    if opened.about["xxh3"].as_str() != Some(&found) {
+        return Err(wrong(path, format!("what it holds has xxh3 {found}, written was {}", opened.about["xxh3"])));
     }
     let mut layers = BTreeMap::new();
-    for (layer, count) in rows {
-        let bad = |what: &str| wrong(format!("layer {layer}: {what}"));
-        let column = |name: &str, dtype: Dtype, length: Option<usize>| {
-            let (found, bytes) = by_name.get(&format!("{name}.{layer}")).ok_or_else(|| bad(&format!("{name} is missing")))?;
-            let each = if matches!(dtype, Dtype::U64) { 8 } else { 4 };
-            if *found != dtype || length.is_some_and(|length| length * each != bytes.len()) {
-                return Err(bad(&format!("{name} has {} bytes of {found:?}", bytes.len())));
-            }
-            Ok(*bytes)
-        };
-        let count = count.as_u64().ok_or_else(|| bad("its rows are not counted"))? as usize;
-        let u64s = |bytes: &[u8]| -> Vec<u64> { bytes.as_chunks::<8>().0.iter().map(|x| u64::from_le_bytes(*x)).collect() };
-        let (hi, lo) = (
-            u64s(column("keys_hi", Dtype::U64, Some(count))?),
-            u64s(column("keys_lo", Dtype::U64, Some(count))?),
-        );
-        let order = column("rows", Dtype::U32, Some(count))?.as_chunks::<4>().0.iter().map(|x| u32::from_le_bytes(*x));
+    for (layer, count) in opened.rows {
+        let column = |name: &str| by_name[&format!("{name}.{layer}")];
+        let u64s = |name: &str| column(name).as_chunks().0.iter().copied().map(u64::from_le_bytes);
+        let u32s = |name: &str| column(name).as_chunks().0.iter().copied().map(u32::from_le_bytes);
         let mut keys: Vec<Option<u128>> = vec![None; count];
         let mut last = None;
-        for (at, row) in order.enumerate() {
-            let key = u128::from(hi[at]) << 64 | u128::from(lo[at]);
-            let place = keys.get_mut(row as usize).filter(|place| place.is_none());
-            if place.is_none() || last.is_some_and(|last| last >= key) {
-                return Err(bad("its keys are out of order or point twice to a row"));
+        for ((hi, lo), row) in u64s("keys_hi").zip(u64s("keys_lo")).zip(u32s("rows")) {
+            let key = u128::from(hi) << 64 | u128::from(lo);
+            match keys.get_mut(row as usize) {
+                Some(place) if place.is_none() && last.is_none_or(|last| last < key) => *place = Some(key),
+                _ => return Err(wrong(path, format!("layer {layer}: keys out of order, or two of one row"))),
             }
-            place.into_iter().for_each(|place| *place = Some(key));
             last = Some(key);
         }
-        let norms = column("norms", Dtype::F32, Some(count))?.as_chunks::<4>().0.iter();
-        let blocks = (count * unit.row.bytes()).div_ceil(BLOCK_BYTES);
         let held = LayerRows {
             keys: keys.into_iter().flatten().collect(),
-            norms: norms.map(|x| f32::from_le_bytes(*x)).collect(),
-            blocks: u64s(column("blocks", Dtype::U64, Some(blocks))?),
+            norms: u32s("norms").map(f32::from_bits).collect(),
+            blocks: u64s("blocks").collect(),
         };
-        let layer = layer.parse().map_err(|_| bad("no number of a layer"))?;
         layers.insert(layer, held);
     }
-    Ok(Whole { unit, layers })
+    Ok(Whole { unit: opened.unit, layers })
 }
 
 /// Check a unit whole: its index, and of each layer's file length, header and the checksum of every block.
@@ -237,7 +290,8 @@ pub fn verify(index: &Path) -> Result<()> {
 }
 
 fn verify_rows(path: &Path, unit: &Unit, layer: u16, held: &LayerRows) -> Result<()> {
-    let wrong = |what: String| Error::shard(path, format!("damaged: {what}; remove its index and collect the unit again"));
+    let wrong =
+        |what: String| Error::shard(path, format!("damaged: {what}; remove its index and collect the unit again"));
     let mut file = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
     let size = file.metadata().map_err(|error| Error::io(path, "reading", error))?.len();
     let bytes = held.keys.len() * unit.row.bytes();

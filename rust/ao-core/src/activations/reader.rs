@@ -66,13 +66,15 @@ struct RowFile {
     direct: Option<File>,
 }
 
-/// Rows that are read in one go, each with where it goes.
-struct Window<'a> {
+/// Rows that are read in one go, each with where it goes, if anywhere.
+struct Window<S> {
     file: u32,
     first: u64,
     end: u64,
-    rows: Vec<(u64, &'a mut [u8])>,
+    rows: Vec<(u64, S)>,
 }
+
+type Slot<'a> = &'a mut [u8];
 
 impl RowReader {
     /// Open files of rows.
@@ -99,11 +101,14 @@ impl RowReader {
                 out.len()
             )));
         }
-        let mut windows = self.windows(places, out)?;
+        let slots = out.chunks_exact_mut(self.row_bytes as usize);
+        let mut windows = self.windows(places.iter().copied().zip(slots).collect())?;
         match mode {
             Mode::Warm => windows.iter_mut().try_for_each(|window| self.read_cached(window)),
             Mode::Hinted => {
-                windows.iter().for_each(|window| self.announce(window));
+                for window in &windows {
+                    self.announce(window);
+                }
                 windows.iter_mut().try_for_each(|window| self.read_cached(window))
             }
             Mode::Direct => self.read_direct(&mut windows),
@@ -124,18 +129,18 @@ impl RowReader {
     /// # Errors
     /// If a place is in no file.
     pub fn prefetch(&self, places: &[Place]) -> Result<()> {
-        let mut nowhere = vec![0; places.len() * self.row_bytes as usize];
-        self.windows(places, &mut nowhere)?.iter().for_each(|window| self.announce(window));
+        let nowhere = places.iter().map(|&place| (place, ())).collect();
+        for window in self.windows(nowhere)? {
+            self.announce(&window);
+        }
         Ok(())
     }
 
-    fn windows<'a>(&self, places: &[Place], out: &'a mut [u8]) -> Result<Vec<Window<'a>>> {
-        let mut wanted: Vec<(Place, &mut [u8])> =
-            places.iter().copied().zip(out.chunks_exact_mut(self.row_bytes as usize)).collect();
-        if !places.is_sorted() {
+    fn windows<S>(&self, mut wanted: Vec<(Place, S)>) -> Result<Vec<Window<S>>> {
+        if !wanted.is_sorted_by_key(|(place, _)| *place) {
             wanted.sort_by_key(|(place, _)| *place);
         }
-        let mut windows: Vec<Window<'_>> = Vec::new();
+        let mut windows: Vec<Window<S>> = Vec::new();
         for ((file, row), slot) in wanted {
             let row = u64::from(row);
             let rows = self.files.get(file as usize).map(|file| file.rows);
@@ -161,7 +166,7 @@ impl RowReader {
         Ok(windows)
     }
 
-    fn file(&self, window: &Window<'_>) -> &RowFile {
+    fn file<S>(&self, window: &Window<S>) -> &RowFile {
         &self.files[window.file as usize]
     }
 
@@ -169,19 +174,19 @@ impl RowReader {
         HEADER_BYTES as u64 + row * self.row_bytes
     }
 
-    fn length(&self, window: &Window<'_>) -> usize {
+    fn length<S>(&self, window: &Window<S>) -> usize {
         ((window.end - window.first) * self.row_bytes) as usize
     }
 
     /// Put a window's rows where they go, out of what was read from `first` on.
-    fn deal(&self, window: &mut Window<'_>, bytes: &[u8]) {
+    fn deal(&self, window: &mut Window<Slot<'_>>, bytes: &[u8]) {
         for (row, slot) in &mut window.rows {
             let at = ((*row - window.first) * self.row_bytes) as usize;
             slot.copy_from_slice(&bytes[at..at + slot.len()]);
         }
     }
 
-    fn read_cached(&self, window: &mut Window<'_>) -> Result<()> {
+    fn read_cached(&self, window: &mut Window<Slot<'_>>) -> Result<()> {
         let file = self.file(window);
         if let [(row, slot)] = window.rows.as_mut_slice() {
             return read_exact(&file.cached, &file.path, slot, self.offset(*row));
@@ -193,7 +198,7 @@ impl RowReader {
     }
 
     /// Read a window if the page cache has it whole.
-    fn read_resident(&self, window: &mut Window<'_>) -> Result<bool> {
+    fn read_resident(&self, window: &mut Window<Slot<'_>>) -> Result<bool> {
         let file = self.file(window);
         let mut bytes = vec![0; self.length(window)];
         if !read_without_waiting(&file.cached, &mut bytes, self.offset(window.first))
@@ -205,8 +210,8 @@ impl RowReader {
         Ok(true)
     }
 
-    fn read_direct(&self, windows: &mut [Window<'_>]) -> Result<()> {
-        let one = |scratch: &mut Aligned, window: &mut Window<'_>| {
+    fn read_direct(&self, windows: &mut [Window<Slot<'_>>]) -> Result<()> {
+        let one = |scratch: &mut Aligned, window: &mut Window<Slot<'_>>| {
             let file = self.file(window);
             let Some(direct) = &file.direct else { return self.read_cached(window) };
             let (start, length) = (self.offset(window.first), self.length(window));
@@ -219,10 +224,17 @@ impl RowReader {
             let mut read = 0;
             while read < skipped + length {
                 // A read that ends within a page has met the end of the file.
-                let more = if read.is_multiple_of(PAGE) { read_at(direct, &mut scratch[read..wanted], from + read as u64) } else { Ok(0) };
-                match more.map_err(|error| Error::io(&file.path, "reading", error))? {
-                    0 => return Err(cut(&file.path, start + length as u64)),
-                    more => read += more,
+                let more = if read.is_multiple_of(PAGE) {
+                    read_at(direct, &mut scratch[read..wanted], from + read as u64)
+                } else {
+                    Ok(0)
+                };
+                match more {
+                    Ok(0) => return Err(cut(&file.path, start + length as u64)),
+                    Ok(more) => read += more,
+                    // Some file systems take the flag and refuse the read.
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => return self.read_cached(window),
+                    Err(error) => return Err(Error::io(&file.path, "reading", error)),
                 }
             }
             self.deal(window, &scratch[skipped..skipped + length]);
@@ -238,7 +250,7 @@ impl RowReader {
     }
 
     #[cfg(target_os = "linux")]
-    fn announce(&self, window: &Window<'_>) {
+    fn announce<S>(&self, window: &Window<S>) {
         use rustix::fs::{Advice, fadvise};
 
         let length = std::num::NonZeroU64::new(self.length(window) as u64);
@@ -247,7 +259,7 @@ impl RowReader {
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn announce(&self, _window: &Window<'_>) {}
+    fn announce<S>(&self, _window: &Window<S>) {}
 }
 
 impl RowFile {
@@ -257,7 +269,10 @@ impl RowFile {
         let size = cached.metadata().map_err(failed("reading"))?.len();
         let rows = size.checked_sub(HEADER_BYTES as u64).filter(|bytes| bytes.is_multiple_of(row_bytes));
         let rows = rows.ok_or_else(|| {
-            Error::shard(path, format!("{size} bytes are no whole number of rows of {row_bytes}; collect the unit again"))
+            Error::shard(
+                path,
+                format!("{size} bytes are no whole number of rows of {row_bytes}; collect the unit again"),
+            )
         })?;
         // Windows are what is wanted; what lies behind them is not.
         #[cfg(target_os = "linux")]

@@ -12,9 +12,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::disk::{Aligned, PAGE, create, write_at};
 use super::index::{self, LayerRows, Unit};
-use super::{BLOCK_BYTES, HEADER_BYTES};
+use super::{BLOCK_BYTES, HEADER_BYTES, header};
 use crate::error::{Error, Result};
-use crate::manifest::sync_folder;
+use crate::manifest::{canonical_json, sync_folder, torn, write_atomic};
 
 /// What the buffers of all layers may take together.
 const MEMORY_BYTES: usize = 48 << 20;
@@ -45,16 +45,18 @@ struct Stream {
 }
 
 impl UnitWriter {
-    /// Begin a unit with rows for some of `layers`.
+    /// Begin a unit with rows for some of `layers`. What a killed process left of the same unit is removed.
     ///
     /// # Errors
-    /// If the folder cannot be made, or the contract does not fit in a header.
+    /// If the folder cannot be made, or run or contract cannot be written down.
     pub fn new(folder: &Path, unit: Unit, layers: &[u16]) -> Result<Self> {
+        require_writable(&unit)?;
         std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "creating the folder", error))?;
+        remove_torn(folder, &unit, layers)?;
         let streams = layers
             .iter()
             .map(|&layer| {
-                unit.header(layer, u64::MAX >> 8)?;
+                unit.header(layer, u64::from(u32::MAX))?;
                 let name = format!(".{}.{}.0.partial", unit.rows_name(layer), std::process::id());
                 Ok((layer, Stream::new(folder.join(name))))
             })
@@ -87,9 +89,10 @@ impl UnitWriter {
         if stream.held.keys.len() + keys.len() > u32::MAX as usize {
             return Err(Error::input(format!("layer {layer}: a unit holds at most {} rows", u32::MAX)));
         }
+        stream.append(rows, &mut self.disk)?;
         stream.held.keys.extend_from_slice(keys);
         stream.held.norms.extend_from_slice(norms);
-        stream.append(rows, &mut self.disk)
+        Ok(())
     }
 
     /// Rows of each layer so far.
@@ -107,23 +110,68 @@ impl UnitWriter {
             stream.flush(&mut self.disk)?;
         }
         self.disk.wait()?;
-        for (&layer, stream) in &mut self.streams {
-            let Some(file) = stream.file.take() else { continue };
+        let held = self.streams.iter().map(|(&layer, stream)| (layer, &stream.held)).collect();
+        let bytes = index::encode(&self.unit, &held)?;
+        for (&layer, stream) in &self.streams {
+            let Some(file) = &stream.file else { continue };
             let failed = |error| Error::io(&stream.path, "writing", error);
             let rows = stream.held.keys.len();
             let mut page = Aligned::new(HEADER_BYTES);
             page.copy_from_slice(&self.unit.header(layer, rows as u64)?);
-            write_at(&file, &page, 0).map_err(failed)?;
+            write_at(file, &page, 0).map_err(failed)?;
             file.set_len((HEADER_BYTES + rows * self.unit.row.bytes()) as u64).map_err(failed)?;
             file.sync_all().map_err(failed)?;
+        }
+        let name = self.unit.index_name();
+        let index = self.folder.join(&name);
+        // Where the unit was there before: an index never stands beside other rows than its own.
+        match std::fs::remove_file(&index) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(&index, "removing", error)),
+            _ => {}
+        }
+        for (&layer, stream) in self.streams.iter_mut().filter(|(_, stream)| stream.file.is_some()) {
             let path = self.folder.join(self.unit.rows_name(layer));
             std::fs::rename(&stream.path, &path).map_err(|error| Error::io(&path, "renaming into place", error))?;
+            stream.path = path;
         }
-        let layers = std::mem::take(&mut self.streams).into_iter().map(|(layer, stream)| (layer, stream.held)).collect();
-        let name = self.unit.index_name();
-        sync_folder(&self.folder.join(&name))?;
-        index::write(&self.folder, &self.unit, &layers)
+        sync_folder(&index)?;
+        write_atomic(&index, &bytes)?;
+        self.streams.clear();
+        Ok(name)
     }
+}
+
+fn require_writable(unit: &Unit) -> Result<()> {
+    if Path::new(&unit.run).file_name().is_none_or(|name| name != unit.run.as_str()) {
+        return Err(Error::input(format!("the run {:?} cannot be a part of a file's name", unit.run)));
+    }
+    // Whoever checks the unit writes its headers again, and they must be the same.
+    let about = header::about(&unit.contract, &unit.run, unit.number, 0);
+    if !unit.contract.is_object() || serde_json::from_str(&canonical_json(&about)).ok() != Some(about) {
+        return Err(Error::input(
+            "the contract is no JSON object that reads back as it was written; write long decimal fractions as text",
+        ));
+    }
+    Ok(())
+}
+
+/// Remove what killed processes left of a unit. Whose lock is held belongs to one that lives, perhaps in another container,
+/// where the number in the name says nothing. Other units are left alone: other ranks write them.
+fn remove_torn(folder: &Path, unit: &Unit, layers: &[u16]) -> Result<()> {
+    let failed = |error| Error::io(folder, "listing", error);
+    let mut own: Vec<String> = layers.iter().map(|&layer| unit.rows_name(layer)).collect();
+    own.push(unit.index_name());
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if torn(&entry.file_name().to_string_lossy()).is_none_or(|name| !own.iter().any(|own| own == name)) {
+            continue;
+        }
+        let Ok(file) = File::open(entry.path()) else { continue };
+        if !matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
+            std::fs::remove_file(entry.path()).map_err(|error| Error::io(&entry.path(), "removing", error))?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for UnitWriter {
@@ -155,6 +203,8 @@ impl Stream {
         while !bytes.is_empty() {
             if self.file.is_none() {
                 let file = create(&self.path).map_err(|error| Error::io(&self.path, "creating", error))?;
+                // For `remove_torn`; a file system without locks does without.
+                let _ = file.try_lock();
                 self.file = Some(Arc::new(file));
             }
             let mut buffer = match self.buffer.take() {
@@ -223,6 +273,7 @@ struct Disk {
     unmade: usize,
     buffer_bytes: usize,
     thread: Option<JoinHandle<Result<()>>>,
+    has_failed: bool,
 }
 
 impl Disk {
@@ -241,7 +292,7 @@ impl Disk {
             }
             Ok(())
         });
-        Self { jobs: Some(jobs), free, unmade: num_buffers, buffer_bytes, thread: Some(thread) }
+        Self { jobs: Some(jobs), free, unmade: num_buffers, buffer_bytes, thread: Some(thread), has_failed: false }
     }
 
     /// An empty buffer, as soon as there is one: so the memory is bounded, and the caller no faster than the disk.
@@ -269,17 +320,17 @@ impl Disk {
     /// Wait until everything is written.
     fn wait(&mut self) -> Result<()> {
         self.jobs = None;
-        match self.thread.take().map(JoinHandle::join) {
+        let result = match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             Some(Err(_)) => Err(Error::input("the thread that writes activations has panicked")),
+            None if self.has_failed => Err(Error::input("rows of this unit could not be written; begin it again")),
             None => Ok(()),
-        }
+        };
+        self.has_failed = result.is_err();
+        result
     }
 
     fn failure(&mut self) -> Error {
-        self.wait().err().unwrap_or_else(|| {
-            let gone = io::Error::other("the disk's thread has ended");
-            Error::io(Path::new("activations"), "writing", gone)
-        })
+        self.wait().expect_err("a thread ends before its work only where it fails")
     }
 }
