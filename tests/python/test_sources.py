@@ -1,6 +1,7 @@
 """Readers: every format gives the same rows; what is wrong with a file is named."""
 
 import csv
+import datetime
 import gzip
 import json
 import sys
@@ -193,6 +194,36 @@ def test_bad_files_are_named(tmp_path: Path, name: str, text: object, message: s
         read(tmp_path, path=name, **LABELLED)
 
 
+DAY = datetime.datetime(2020, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([DAY.date()]),
+        pa.array([DAY]),
+        pa.array([DAY.time()]),
+        pa.array([DAY - DAY]),
+        pa.array([b"past"]),
+        pa.array([b"past"], pa.binary(4)),
+        pa.array([[DAY.date()]]),
+        pa.array([{"day": DAY}]),
+        pa.array([DAY.date()]).dictionary_encode(),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_columns_that_json_has_no_words_for_are_named(tmp_path: Path, values: pa.Array) -> None:
+    """A date would be packed as the number of days that Arrow stores. A column that is not used may hold anything."""
+    table = pa.table({"sentence": ["A."], "tense": values})
+    with pa.ipc.new_file(str(tmp_path / "t.arrow"), table.schema) as out:
+        out.write_table(table)
+    pq.write_table(table, tmp_path / "t.parquet")
+    for name in ("t.arrow", "t.parquet"):
+        with pytest.raises(ValueError, match=rf"{name}: column 'tense': expected text, .*cast it to text"):
+            read(tmp_path, path=name, **LABELLED)
+        assert plain(read(tmp_path, path=name, text="sentence", **CONTEXTS)) == [{"sentence": "A."}]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"source 's': .*absent.* does not exist; its path is taken from"):
         read(tmp_path, kind="records", path="absent.jsonl")
@@ -285,6 +316,10 @@ def test_a_saved_set_spells_its_classes(tmp_path: Path) -> None:
     assert len(plain(read(tmp_path, path="two", split="test", **LABELLED))) == 4
     assert sources.words(sources.tables(config(path="one", **LABELLED), root=tmp_path, seed=0)) == ["past", "present"]
     assert sources.words(sources.tables(config(path="t.parquet", **LABELLED), root=tmp_path, seed=0)) is None
+    dated = saved.add_column("day", [datetime.date(2020, 1, 2)] * 30)
+    dated.save_to_disk(str(tmp_path / "dated"))
+    with pytest.raises(ValueError, match=r"dated: column 'day': expected text"):
+        read(tmp_path, path="dated", **{**LABELLED, "label": "day"})
     with pytest.raises(ValueError, match=r"two has no split 'dev', only \['test', 'train'\]"):
         read(tmp_path, path="two", split="dev", **LABELLED)
     with pytest.raises(ValueError, match=r"split='train', but .* is no data set that `save_to_disk` wrote"):

@@ -56,6 +56,31 @@ class Columns:
         return [name for name in names if name in wanted]
 
 
+def require_plain(schema: pa.Schema, *, where: str) -> None:
+    """Refuse columns that JSON has no words for: a date would be packed as the number that Arrow stores for it.
+
+    Raises:
+        ValueError: names the column and its type.
+    """
+    for column in schema:
+        if not _is_plain(column.type):
+            raise ValueError(
+                f"{where}: column {column.name!r}: expected text, numbers, true and false, lists or structs of them, got "
+                f"{column.type}; cast it to text"
+            )
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    if types.is_nested(kind):
+        return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
+    binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return not any(is_kind(kind) for is_kind in (types.is_temporal, types.is_interval, *binary))
+
+
 def spelled(batch: pa.RecordBatch, label: str, names: Sequence[str]) -> pa.RecordBatch:
     """The batch with its class numbers replaced by the names of the classes; a number without a name stays as text."""
     import pyarrow as pa

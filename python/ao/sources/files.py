@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao.config import SourceConfig
-from ao.sources.columns import Columns, spelled
+from ao.sources.columns import Columns, require_plain, spelled
 from ao.sources.table import Batches, Table
 
 if TYPE_CHECKING:
@@ -347,13 +347,18 @@ def read_arrow(path: Path, columns: Columns) -> Read:
 def _numbered(
     path: Path, batches: Iterator[pa.RecordBatch], columns: Columns, metadata: dict[bytes, bytes] | None
 ) -> Read:
-    """Batches of at most about `BLOCK` bytes with their first row's number, class numbers spelled out."""
+    """Batches of at most about `BLOCK` bytes with their first row's number, class numbers spelled out.
+
+    Raises:
+        ValueError: the file is damaged, or a column holds what JSON has no words for.
+    """
     import pyarrow as pa
 
     names = class_names(metadata, columns.label)
     first_row = 0
     try:
         for whole in batches:
+            require_plain(whole.schema, where=str(path))
             per_batch = _per_batch(whole.nbytes, whole.num_rows)
             for start in range(0, whole.num_rows, per_batch):
                 batch = whole.slice(start, per_batch)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao.config import SourceConfig
-from ao.sources.columns import Columns, spelled
+from ao.sources.columns import Columns, require_plain, spelled
 from ao.sources.table import Table
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def hub_table(config: SourceConfig, *, columns: Columns, seed: int, limit: int |
         found = rows.with_format("arrow").iter(batch_size=ROWS)
         num_rows = 0
         try:
-            for batch, first_row in _record_batches(found, columns, classes):
+            for batch, first_row in _record_batches(found, columns, classes, where=where):
                 yield batch, first_row
                 num_rows += batch.num_rows
         except Exception as error:
@@ -102,7 +102,8 @@ def saved_table(config: SourceConfig, *, path: Path, columns: Columns) -> Table:
     classes = getattr(saved.features.get(columns.label or ""), "names", None)
 
     def batches() -> Iterator[tuple[pa.RecordBatch, int]]:
-        return _record_batches(saved.select_columns(chosen).with_format("arrow").iter(ROWS), columns, classes)
+        found = saved.select_columns(chosen).with_format("arrow").iter(ROWS)
+        return _record_batches(found, columns, classes, where=str(path))
 
     return Table(
         described={"prefix": config.name, "origin": str(path), "unit": "row"},
@@ -113,10 +114,11 @@ def saved_table(config: SourceConfig, *, path: Path, columns: Columns) -> Table:
 
 
 def _record_batches(
-    found: Iterator[Any], columns: Columns, classes: list[str] | None
+    found: Iterator[Any], columns: Columns, classes: list[str] | None, *, where: str
 ) -> Iterator[tuple[pa.RecordBatch, int]]:
     first_row = 0
     for table in found:
+        require_plain(table.schema, where=where)
         # A shuffled stream gives a chunk for each row.
         for batch in table.combine_chunks().to_batches():
             yield batch if classes is None else spelled(batch, str(columns.label), classes), first_row
