@@ -11,7 +11,7 @@ unexport PYTHONPATH
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help install demo lint test soak fuzz bench clean
+.PHONY: help install demo lint test soak fuzz fuzz-tools bench clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -43,23 +43,23 @@ test: lint ## everything that CI checks
 	cargo test --release --quiet
 	$(BIN)/python -m pytest
 
-soak: install ## the long counts: 50 kills of builds and 100 of writers, many cases of each property, a minute of fuzzing for each target
+soak: fuzz-tools install ## the long counts: 50 kills of builds and 100 of writers, many cases of each property, a minute of fuzzing for each target
 	AO_KILLS=50 $(BIN)/python -m pytest -s tests/python/test_kill.py
 	AO_KILLS=100 $(BIN)/python -m pytest -s tests/python/test_cache.py -k killed
-	PROPTEST_CASES=2000 cargo test --quiet
+	PROPTEST_CASES=2000 cargo test --release --quiet
 	$(MAKE) fuzz
 
-# The targets need a nightly toolchain and cargo-fuzz; the tests run the same checks without them.
-fuzz: ## fuzz every target for SECONDS=60; keeps what it learned in tests/fuzz/corpus
-	@if cargo +nightly fuzz --version >/dev/null 2>&1; then \
-		AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --quiet --test fuzz_findings seeds && \
-		for target in jsonl template tokenizer_json shard manifest activations; do \
-			RAYON_NUM_THREADS=1 cargo +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- \
-				-max_total_time=$(or $(SECONDS),60) -timeout=20 -rss_limit_mb=2500 -max_len=6000 -verbosity=0 || exit 1; \
-		done; \
-	else \
-		echo 'left out: fuzzing, which needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`'; \
-	fi
+# The tests run the same checks on what fuzzing found, without these tools.
+fuzz-tools:
+	@cargo +nightly fuzz --version >/dev/null 2>&1 || \
+		{ echo 'fuzzing needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`' >&2; exit 1; }
+
+fuzz: fuzz-tools ## fuzz every target for SECONDS=60; keeps what it learned in tests/fuzz/corpus
+	AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --release --quiet --test fuzz_findings seeds
+	for target in jsonl template tokenizer_json shard manifest; do \
+		RAYON_NUM_THREADS=1 cargo +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- \
+			-max_total_time=$(or $(SECONDS),60) -timeout=20 -rss_limit_mb=2500 -max_len=6000 -verbosity=0; \
+	done
 
 bench: install ## every benchmark, one table at the end; QUICK=1: does it run?
 	cargo bench --quiet --bench '*' -- --noplot $(if $(QUICK),--quick)

@@ -240,3 +240,23 @@ def test_a_file_that_changes_meanwhile_is_told(
     else:
         pack(recipe, root=own.folder, out=out, part=part)
         assert list(own.folder.glob("packed.partial/shard-*"))
+
+
+@pytest.mark.parametrize("target", ["fuzz", "soak"])
+def test_a_soak_does_not_pass_without_fuzzing(tmp_path: Path, target: str) -> None:
+    """`make` says what to install, before anything runs for long."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no `make`")
+    (tmp_path / "cargo").write_text("#!/bin/sh\nexit 101\n")
+    (tmp_path / "cargo").chmod(0o755)
+    done = subprocess.run(
+        [make, "-C", str(Path(__file__).parents[2]), target],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "fuzzing needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`" in done.stderr
