@@ -87,7 +87,8 @@ def pack(
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     is_new, writer = not partial.exists(), None
-    before = _shards(partial, part)
+    before, lock = _shards(partial, part), partial / f".lock-{part[0]}-of-{part[1]}"
+    is_begun = lock.exists()
     try:
         writer = PackWriter(
             str(partial), oracle_framer, canonical_json(settings), part=part, resume=resume, max_errors=max_errors
@@ -109,6 +110,8 @@ def pack(
         if isinstance(error, _ChangedError):
             for shard in _shards(partial, part) - before:
                 shard.unlink()
+        if not is_begun and _shards(partial, part) == before:
+            lock.unlink(missing_ok=True)  # or `ao inspect` would count this part among those that were begun
         _leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
         raise
     now = time.perf_counter()

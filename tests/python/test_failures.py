@@ -260,3 +260,12 @@ def test_a_soak_does_not_pass_without_fuzzing(tmp_path: Path, target: str) -> No
     )
     assert done.returncode != 0
     assert "fuzzing needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`" in done.stderr
+
+
+def test_a_part_that_is_refused_leaves_no_trace(own: Mixture) -> None:
+    """Of another division than the parts that are there: its lock would make `ao inspect` ask for the rest of it."""
+    own.packed("--part", "0/2")
+    before = files(own.folder)
+    code, _, error = own.run("--part", "1/3")
+    assert code == 2, error
+    assert files(own.folder) == before
