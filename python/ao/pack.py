@@ -303,7 +303,8 @@ def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> 
                 log.warning(
                     "source %r has %d examples, fewer than its count of %d", source.config.name, total, source.count
                 )
-            totals.append(total)
+            # Where the rows that are read just give the count, nothing is counted first.
+            totals.append(source.count if total is None else total)
     known = [total for total in totals if total is not None]
     return native, sum(known) if len(known) == len(totals) else None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ao.config import load_recipe
+from ao.config import load_recipe, parse_recipe
 from ao.pack import pack
 from ao.sources import files as readers
 from mixture import Mixture, files, save_mixture
@@ -269,3 +269,26 @@ def test_a_part_that_is_refused_leaves_no_trace(own: Mixture) -> None:
     code, _, error = own.run("--part", "1/3")
     assert code == 2, error
     assert files(own.folder) == before
+
+
+def test_a_stream_of_a_known_count_shows_how_far_it_is(
+    own: Mixture, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are taken until they give the count, without a survey; the bar knows where it ends nevertheless."""
+    import datasets
+
+    rows = [{"text": f"she went to the park {index}"} for index in range(60)]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **values: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    )
+    source = {
+        "name": "s",
+        "kind": "context_prediction",
+        "dataset": "o/n",
+        "count": 20,
+        "window": [1, 2],
+        "predict": [1, 2],
+    }
+    recipe = parse_recipe({"model": {"name": str(own.folder / "model")}, "data": {"sources": [source]}})
+    pack(recipe, root=own.folder, out=own.folder / "streamed", progress=True)
+    assert "20.0/20.0" in capsys.readouterr().err
