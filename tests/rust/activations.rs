@@ -505,12 +505,14 @@ fn a_unit_can_be_written_again() {
     let folder = tempfile::tempdir().unwrap();
     let unit = unit(0, "F32", 10);
     write(folder.path(), &unit, &[(1, 30)], 7);
-    // Its rows cannot take their name.
+    // The rows of layer 1 cannot take their name; those of layer 0 have theirs by then.
     let rows = folder.path().join(unit.rows_name(1));
     std::fs::remove_file(&rows).unwrap();
     std::fs::create_dir_all(rows.join("in the way")).unwrap();
-    let mut writer = UnitWriter::new(folder.path(), unit.clone(), &[1]).unwrap();
-    writer.append(1, &keys(1, 1), &norms(1), &noise(40, 1)).unwrap();
+    let mut writer = UnitWriter::new(folder.path(), unit.clone(), &[0, 1]).unwrap();
+    for layer in [0, 1] {
+        writer.append(layer, &keys(1, 1), &norms(1), &noise(40, 1)).unwrap();
+    }
     assert!(refused(writer.finish()).contains("renaming into place"));
     assert_eq!(names(folder.path()), [unit.rows_name(1)], "neither index nor torn rows");
     std::fs::remove_dir_all(&rows).unwrap();
