@@ -310,17 +310,19 @@ class ActivationReader:
         width: Values of a row.
 
     Raises:
-        AoError: A file is no whole number of rows.
+        AoError: A file is cut, or another than its name says.
         FileNotFoundError: One is missing.
     """
 
     def __new__(cls, paths: Sequence[str | PathLike[str]], *, dtype: str, width: int) -> ActivationReader: ...
-    def gather(self, files: Buffer, rows: Buffer, out: Buffer, *, mode: str = "auto") -> None:
-        """Read row `rows[k]` of file `files[k]` (both uint32 [K]) into the k-th of K rows in `out`.
+    def __len__(self) -> int:
+        """Rows in all files."""
+    def gather(self, rows: Buffer, out: Buffer, *, mode: str = "auto") -> None:
+        """Read row `rows[k]` (int64 [K], counted over all files) into the k-th of K rows in `out`.
 
         `mode`: auto, warm, hinted or direct; see `ao.cache.MODES`.
         """
-    def prefetch(self, files: Buffer, rows: Buffer) -> None:
+    def prefetch(self, rows: Buffer) -> None:
         """Tell the system that these rows are wanted soon."""
 
 def context_keys(ids: Buffer) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ INDEX = "*.index.safetensors"
 """The indexes of a folder."""
 MODES = ("auto", "warm", "hinted", "direct")
 """How rows are gathered. warm: through the page cache; hinted: all announced to it first; direct: past it, several at once;
-auto: from the page cache what is there, directly what is not."""
+auto: one of these, by whether a few of the rows are in the page cache."""
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """Of the norms of a layer, in the manifest."""
 
@@ -41,15 +42,23 @@ Mode = Literal["auto", "warm", "hinted", "direct"]
 def context_keys(context_ids: np.ndarray) -> np.ndarray:
     """The key of each position of a context, uint64 [length, 2]: upper and lower half of an xxh3-128.
 
+    Raises:
+        ValueError: these are no token ids.
+
     Source: the key of position p is the xxh3-128 of the key of p - 1 and the id at p, so that a context that begins
     another has its keys.
     """
-    ids = np.ascontiguousarray(context_ids, dtype=np.int32)
+    ids = np.asarray(context_ids)
+    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < 2**31)):
+        raise ValueError(
+            f"context_ids: expected token ids [length] from 0 below 2**31, got {ids.dtype} {list(ids.shape)}"
+        )
+    ids = np.ascontiguousarray(ids, dtype=np.int32)
     return np.frombuffer(_ao.context_keys(ids), dtype=np.uint64).reshape(-1, 2)
 
 
 class _Unit:
-    """One index, mapped when its keys are first asked for."""
+    """One index, its header read."""
 
     def __init__(self, path: Path) -> None:
         about, self._layout = _ao.activation_index(path)
@@ -63,18 +72,12 @@ class _Unit:
     def file(self, layer: int) -> Path:
         return self.path.with_name(f"{self.about['run']}-{self.about['unit']:05d}-L{layer:03d}.safetensors")
 
-    @cached_property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        with open(self.path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return {
-            name: np.frombuffer(mapping, _NUMPY[dtype], count=shape[0], offset=offset)
-            for name, dtype, shape, offset in self._layout
-            if shape[0]
-        }
-
     def array(self, name: str, layer: int) -> np.ndarray:
-        return self._arrays[f"{name}.{layer}"]
+        # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
+        for found, dtype, shape, offset in self._layout:
+            if found == f"{name}.{layer}":
+                return np.fromfile(self.path, _NUMPY[dtype], count=shape[0], offset=offset)
+        raise KeyError(f"{self.path}: no array {name}.{layer}")
 
 
 class CachedLayer:
@@ -121,12 +124,8 @@ class CachedLayer:
             path = self._units[unit].file(self.layer)
             shape = (self._units[unit].rows[self.layer], self.width)
             dtype = np.dtype(_NUMPY[self.dtype])
-            expected = HEADER_BYTES + shape[0] * self.width * dtype.itemsize
-            # A mapping beyond the end of a file kills the process that touches it.
-            if (size := path.stat().st_size) != expected:
-                raise ValueError(
-                    f"{path}: expected {expected} bytes, got {size}; the unit is damaged, collect it again"
-                )
+            # A mapping beyond the end of a file kills the process that touches it, and another layer's rows look like these.
+            self.require_files()
             with open(path, "rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             view = np.frombuffer(mapping, dtype, count=shape[0] * shape[1], offset=HEADER_BYTES)
@@ -135,7 +134,23 @@ class CachedLayer:
 
     @cached_property
     def _reader(self) -> _ao.ActivationReader:
-        return _ao.ActivationReader([unit.file(self.layer) for unit in self._units], dtype=self.dtype, width=self.width)
+        paths = [unit.file(self.layer) for unit in self._units]
+        reader = _ao.ActivationReader(paths, dtype=self.dtype, width=self.width)
+        if len(reader) != len(self):
+            raise ValueError(
+                f"layer {self.layer}: the files hold {len(reader)} rows, their indexes list {len(self)}; ao inspect --verify "
+                "names what is damaged"
+            )
+        return reader
+
+    def require_files(self) -> None:
+        """Refuse files that are missing, cut, or another's; their rows are not read.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is damaged or another's; names it.
+        """
+        _ = self._reader
 
     @property
     def norms(self) -> np.ndarray:
@@ -153,23 +168,37 @@ class CachedLayer:
         """
         if keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != 2:
             raise ValueError(f"keys: expected uint64 [K, 2], got {keys.dtype} {list(keys.shape)}; see context_keys")
+        hi, lo, rows = self._keys
         found = np.full(len(keys), -1, dtype=np.int64)
-        for unit, start in zip(self._units, self._starts, strict=False):
-            missing = np.flatnonzero(found < 0)
-            if not len(missing):
-                break
-            hi, lo = (unit.array(name, self.layer) for name in ("keys_hi", "keys_lo"))
-            wanted = keys[missing]
-            at = hi.searchsorted(wanted[:, 0])
-            # Keys that agree in 64 bits are rarer than broken disks, and told apart all the same.
-            while len(at):
-                inside = at < len(hi)
-                inside[inside] = hi[at[inside]] == wanted[inside, 0]
-                missing, wanted, at = missing[inside], wanted[inside], at[inside]
-                is_it = lo[at] == wanted[:, 1]
-                found[missing[is_it]] = start + unit.array("rows", self.layer)[at[is_it]]
-                missing, wanted, at = missing[~is_it], wanted[~is_it], at[~is_it] + 1
+        missing, wanted, at = np.arange(len(keys)), keys, hi.searchsorted(keys[:, 0])
+        # Keys that agree in 64 bits are rarer than broken disks, and told apart all the same.
+        while len(at):
+            inside = at < len(hi)
+            inside[inside] = hi[at[inside]] == wanted[inside, 0]
+            missing, wanted, at = missing[inside], wanted[inside], at[inside]
+            is_it = lo[at] == wanted[:, 1]
+            found[missing[is_it]] = rows[at[is_it]]
+            missing, wanted, at = missing[~is_it], wanted[~is_it], at[~is_it] + 1
         return found
+
+    @cached_property
+    def _keys(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Both halves of all units' keys and the row of each, by the upper half: a second's work for five million rows."""
+        columns = [
+            (
+                unit.array("keys_hi", self.layer),
+                unit.array("keys_lo", self.layer),
+                unit.array("rows", self.layer) + np.int64(start),
+            )
+            for unit, start in zip(self._units, self._starts, strict=False)
+        ]
+        empty = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
+        hi, lo, rows = (np.concatenate(parts) for parts in zip(empty, *columns, strict=True))
+        if len(columns) < 2:
+            return hi, lo, rows
+        # Stable: it merges what is sorted already.
+        order = np.argsort(hi, kind="stable")
+        return hi[order], lo[order], rows[order]
 
     def gather(self, rows: np.ndarray, out: Any = None, *, mode: Mode = "auto") -> Any:
         """Copy rows in any order; those that lie close are read together.
@@ -187,27 +216,35 @@ class CachedLayer:
             IndexError: there is no such row.
             ValueError: `out` has another shape or type, or `rows` are no numbers.
         """
-        files, places = self._places(rows)
+        rows = self._checked(rows)
         if out is None:
-            out = np.empty((len(files), self.width), dtype=_NUMPY[self.dtype])
-        if tuple(out.shape) != (len(files), self.width):
-            raise ValueError(f"out: expected the shape {[len(files), self.width]}, got {list(out.shape)}")
-        self._reader.gather(files, places, _as_array(out, self.dtype), mode=mode)
+            out = np.empty((len(rows), self.width), dtype=_NUMPY[self.dtype])
+        if tuple(out.shape) != (len(rows), self.width):
+            raise ValueError(f"out: expected the shape {[len(rows), self.width]}, got {list(out.shape)}")
+        self._reader.gather(rows, _as_array(out, self.dtype), mode=mode)
         return out
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Have rows read into the page cache while something else is done."""
-        self._reader.prefetch(*self._places(rows))
+        self._reader.prefetch(self._checked(rows))
 
-    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def tensor(self, which: int | slice) -> Any:
+        """What `self[which]` gives, as a torch tensor of the cache's type over the same memory, which is read-only."""
+        import torch
+
+        view = self[which]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensor = torch.from_numpy(view.view(np.int16) if self.dtype == "BF16" else view)
+        return tensor.view(torch.bfloat16) if self.dtype == "BF16" else tensor
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows)
         if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
             raise ValueError(f"rows: expected their numbers, got {rows.dtype} {list(rows.shape)}")
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"layer {self.layer}: rows {rows.min()}..{rows.max()} of {len(self)}")
-        rows = rows.astype(np.int64)
-        units = self._starts.searchsorted(rows, side="right") - 1
-        return units.astype(np.uint32), (rows - self._starts[units]).astype(np.uint32)
+        return np.ascontiguousarray(rows, dtype=np.int64)
 
 
 def _as_array(out: Any, dtype: str) -> np.ndarray:
@@ -247,19 +284,33 @@ class ActivationCache:
         self._layers: dict[int, CachedLayer] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, contract: Mapping[str, Any] | None = None) -> ActivationCache:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        contract: Mapping[str, Any] | None = None,
+        run: str | None = None,
+        unit: int | None = None,
+        without: str | None = None,
+    ) -> ActivationCache:
         """Open what is there, also while more is being written: units that are finished by then.
 
         Args:
             path: The folder.
             contract: Fields that the rows must have, as `ao.collect.contract_of` gives them, or some of them.
+            run: Only units of this run.
+            unit: Only the unit of this number.
+            without: No units of this run.
 
         Raises:
             FileNotFoundError: there is no finished unit.
             ValueError: an index is damaged, units differ in what they hold, or the contract does not match.
         """
         folder = Path(path)
-        indexes = sorted(folder.glob(INDEX))
+        number = "*" if unit is None else f"-{unit:05d}"
+        indexes = sorted(folder.glob(f"{run or ''}{number}{INDEX.removeprefix('*')}"))
+        if without is not None:
+            indexes = [index for index in indexes if not index.name.startswith(f"{without}-")]
         if not indexes:
             raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
         cache = cls(folder, [_Unit(index) for index in indexes])

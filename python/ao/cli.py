@@ -437,7 +437,12 @@ def _collect(command: Collect) -> dict[str, Any]:
     out = command.out or Path(recipe.data.out).with_name("activations")
     if (command.import_tensor is None) != (command.sidecar is None):
         raise ValueError("--import-tensor and --sidecar belong together; got one of them")
+    if command.tokens_per_row < 1:
+        raise ValueError(f"--tokens-per-row {command.tokens_per_row}: expected 1 at least")
     if command.import_tensor is not None:
+        others = {name: getattr(command, name) for name in ("data", "texts", "prompt", "adapter", "dtype", "layers")}
+        if asked := [f"--{name}" for name, value in others.items() if value]:
+            raise ValueError(f"--import-tensor runs no model; leave {', '.join(asked)} out")
         layers = collecting.import_tensor(command.import_tensor, str(command.sidecar), out=out)
         record: dict[str, Any] = {"layers": layers, "first_rank": True}
     else:
@@ -446,8 +451,9 @@ def _collect(command: Collect) -> dict[str, Any]:
             data=command.data,
             texts=command.texts,
             prompt=command.prompt,
-            layers=[_layer(layer) for layer in command.layers],
+            layers=[_layer(layer, flag="--layers") for layer in command.layers],
             positions=command.positions,
+            plain=command.format == "safetensors",
         )
         record = collecting.collect(
             recipe.model,
@@ -563,13 +569,15 @@ def _demo(command: Demo) -> dict[str, Any]:
     return demo(seed=command.seed, out=command.out, rebuild_target=command.rebuild_target, quiet=command.json)
 
 
-def _layer(text: str | None) -> Any:
-    if text is None or text == "all":
+def _layer(text: str | None, *, flag: str = "--layer") -> Any:
+    several = flag == "--layer"
+    if text is None or (several and text == "all"):
         return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise ValueError(f'--layer {text!r}: expected an index such as 3, a depth such as 0.5, or "all"') from None
+        expected = "an index such as 3, a depth such as 0.5" + (', or "all"' if several else "")
+        raise ValueError(f"{flag} {text!r}: expected {expected}") from None
 
 
 def _line(answer: Answer) -> str:

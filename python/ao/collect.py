@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt, MinLen
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from tqdm import tqdm
 
-from ao._ao import ActivationWriter, Framer
+from ao._ao import ActivationWriter, Framer, input_digest
 from ao.cache import INDEX, ActivationCache, context_keys
 from ao.config import ModelConfig, Recipe
 from ao.distributed import Ranks, ranks
-from ao.manifest import adapter_fingerprint, canonical_json, fingerprint, read_manifest, write_atomic
+from ao.manifest import adapter_fingerprint, canonical_json, fingerprint, write_atomic
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import DTYPES as COMPUTED
@@ -40,8 +43,10 @@ from ao.shards import PackedDataset
 
 log = logging.getLogger(__name__)
 
-UNIT_TOKENS = 2**17
-"""Context tokens of a unit: what a kill loses at most, some ten seconds of a large target."""
+UNIT_TOKENS = 2**19
+"""Context tokens of a unit: what a kill loses at most, less than a minute of a large target on a GPU."""
+PLAIN_UNIT_TOKENS = 2**14
+"""The same of a plain file, which is put together in memory."""
 ALIKE = 0.9999
 """Least cosine between rows of a layer above which they are called alike."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -92,6 +97,7 @@ def units(
     prompt: str | None = None,
     layers: Sequence[float] = (),
     positions: Positions = "wanted",
+    plain: bool = False,
 ) -> list[Unit]:
     """What a recipe's packed data set reads, or every token of other contexts.
 
@@ -102,6 +108,7 @@ def units(
         prompt: instead, one user turn.
         layers: indices or depths; without any those that the data set reads, or the recipe's depths.
         positions: "wanted" or "all"; other contexts than a data set's give all.
+        plain: units for plain files, as for `collect`.
 
     Raises:
         ValueError: several of data, texts and prompt are given, or the data set is of another model or reads what cannot
@@ -109,14 +116,14 @@ def units(
     """
     if sum(given is not None for given in (data, texts, prompt)) > 1:
         raise ValueError("expected one of a packed data set, texts and a prompt, got several")
-    model = recipe.model
-    name, revision = (model.name, model.revision) if model.target is None else (model.target, model.target_revision)
+    model, unit_tokens = recipe.model, PLAIN_UNIT_TOKENS if plain else UNIT_TOKENS
+    name, revision = _target(model)
     chosen = [resolve_layer(layer, num_layers(name, revision)) for layer in layers]
     if texts is None and prompt is None:
         packed = PackedDataset.open(recipe.data.out if data is None else data)
         packed.require(**fingerprints(model))
         packed.require_base()
-        return list(packed_units(packed, layers=chosen or None, positions=positions))
+        return list(packed_units(packed, layers=chosen or None, positions=positions, unit_tokens=unit_tokens))
     target_framer = framer(name, revision)
     if texts is not None:
         contexts = text_contexts(Path(texts), target_framer)
@@ -124,21 +131,27 @@ def units(
         turns = json.dumps([{"role": "user", "content": prompt}])
         contexts = [np.asarray(target_framer.context(turns).ids, dtype=np.int32)]
     depths = chosen or [resolve_layer(depth, num_layers(name, revision)) for depth in recipe.data.read_depths]
-    return list(context_units(contexts, layers=sorted(set(depths))))
+    wanted = _at_layers(*_everywhere(contexts), np.asarray(sorted(set(depths))))
+    return list(units_of(contexts, wanted, unit_tokens=unit_tokens))
 
 
-def units_of(contexts: Sequence[np.ndarray], wanted: Wanted) -> Iterator[Unit]:
-    """Cut contexts into units of `UNIT_TOKENS`, in their order, each with what is wanted of it."""
-    unit_of = (np.cumsum([0, *map(len, contexts)])[:-1] // UNIT_TOKENS).astype(np.int64)
-    values = np.stack([wanted.contexts, wanted.layers, wanted.positions]).astype(np.int64)
-    values = np.unique(values, axis=1)
+def units_of(contexts: Sequence[np.ndarray], wanted: Wanted, *, unit_tokens: int) -> Iterator[Unit]:
+    """Cut contexts into units of so many tokens, in their order, each with what is wanted of it."""
+    unit_of = (np.cumsum([0, *map(len, contexts)])[:-1] // unit_tokens).astype(np.int64)
+    # One number for (context, layer, position): sorting numbers is what NumPy does fastest.
+    num_layers, longest = int(wanted.layers.max(initial=0)) + 1, max(map(len, contexts), default=1)
+    numbers = np.unique((wanted.contexts.astype(np.int64) * num_layers + wanted.layers) * longest + wanted.positions)
+    which, rest = np.divmod(numbers, num_layers * longest)
+    layers, positions = np.divmod(rest, longest)
     for unit in np.unique(unit_of):
         first, end = np.searchsorted(unit_of, [unit, unit + 1]).tolist()
-        which, layers, positions = values[:, np.searchsorted(values[0], first) : np.searchsorted(values[0], end)]
-        yield Unit(list(contexts[first:end]), Wanted(which - first, layers, positions))
+        here = slice(*np.searchsorted(which, [first, end]).tolist())
+        yield Unit(list(contexts[first:end]), Wanted(which[here] - first, layers[here], positions[here]))
 
 
-def packed_units(data: PackedDataset, *, layers: Sequence[int] | None, positions: Positions) -> Iterator[Unit]:
+def packed_units(
+    data: PackedDataset, *, layers: Sequence[int] | None, positions: Positions, unit_tokens: int
+) -> Iterator[Unit]:
     """What a packed data set reads; with `layers` at those instead of its own, with "all" at every position."""
     everywhere = positions == "all"
     chosen = sorted({layer for several in data.layer_combinations for layer in several}) if layers is None else layers
@@ -147,12 +160,7 @@ def packed_units(data: PackedDataset, *, layers: Sequence[int] | None, positions
         wanted = Wanted(which, own_layers, read)
         if everywhere or layers is not None:
             wanted = _at_layers(*(_everywhere(contexts) if everywhere else (which, read)), np.asarray(chosen))
-        yield from units_of(contexts, wanted)
-
-
-def context_units(contexts: Sequence[np.ndarray], *, layers: Sequence[int]) -> Iterator[Unit]:
-    """Every position of some contexts."""
-    return units_of(contexts, _at_layers(*_everywhere(contexts), np.asarray(layers)))
+        yield from units_of(contexts, wanted, unit_tokens=unit_tokens)
 
 
 def _everywhere(contexts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +197,13 @@ def text_contexts(path: Path, oracle_framer: Framer) -> list[np.ndarray]:
 # Collecting
 
 
+def _target(model: ModelConfig) -> tuple[str, str | None]:
+    return (model.name, model.revision) if model.target is None else (model.target, model.target_revision)
+
+
 def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[str, Any]:
     """What rows are: which weights at which precision, whether with an adapter, and what a layer is."""
-    name, revision = (model.name, model.revision) if model.target is None else (model.target, model.target_revision)
+    name, revision = _target(model)
     return {
         **identity(name, revision, framer=framer(name, revision)),
         "revision": revision,
@@ -239,19 +251,15 @@ def collect(
         if dtype is None:
             dtype = "F32" if plain else next(name for name, each in DTYPES.items() if each == COMPUTED[model.precision])
         run = fingerprint(contract, dtype, tokens_per_row, *(_digest(unit) for unit in units))[:16]
-        done = _done(out, run, plain=plain)
-        left = units if plain else _remaining(units, _earlier(out, run, contract, dtype))
-        todo = {
-            number: unit for number, unit in enumerate(left) if number % here.world == here.rank and number not in done
-        }
-        record = {
-            "run": run,
-            "units": len(units),
-            "units_before": len(done),
-            "rows": 0,
-            "tokens": 0,
-            "writer_seconds": 0.0,
-        }
+        if plain:
+            left, done = dict(enumerate(units)), _plain_done(out, run)
+        else:
+            earlier = _earlier(out, run, contract, dtype=dtype)
+            left = {number: unit for number, unit in enumerate(remaining(units, earlier)) if len(unit.wanted.layers)}
+            done = {number for number, unit in left.items() if _is_there(out, run, number, unit)}
+        here.wait()  # no rank writes before every one knows what is there
+        todo = {number: left[number] for number in sorted(set(left) - done)[here.rank :: here.world]}
+        counts = {"rows": 0, "tokens": 0, "collect_seconds": 0.0, "writer_seconds": 0.0, "tokens_per_second": 0.0}
         alike: dict[int, Alike] = {}
         if todo:
             which = "base" if model.target is None else "target"
@@ -269,31 +277,30 @@ def collect(
             )
             with wearing, bar:
                 for number, unit in todo.items():
-                    sink = (
-                        PlainSink(out, run, number, contract, unit)
-                        if plain
-                        else CacheSink(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
-                    )
+                    if plain:
+                        sink: Sink = PlainSink(out, run, number, contract, unit)
+                    else:
+                        sink = CacheSink(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
                     try:
                         for layer, indices, resid_KD in collected(
                             target, arch, unit.contexts, unit.wanted, tokens_per_row=tokens_per_row, progress=bar.update
                         ):
                             norms_K = resid_KD.float().norm(dim=1)
                             alike.setdefault(layer, Alike()).see(resid_KD, norms_K)
-                            rows_KD = _cast(resid_KD, dtype, layer)
+                            norms_K, rows_KD = norms_K.cpu(), _cast(resid_KD, dtype, layer).cpu()
                             clock = time.perf_counter()
                             sink.append(layer, indices, norms_K, rows_KD)
-                            record["writer_seconds"] += time.perf_counter() - clock
-                            record["rows"] += len(indices)
+                            counts["writer_seconds"] += time.perf_counter() - clock
+                            counts["rows"] += len(indices)
                         clock = time.perf_counter()
                         sink.finish()
-                        record["writer_seconds"] += time.perf_counter() - clock
+                        counts["writer_seconds"] += time.perf_counter() - clock
                     except BaseException:
                         sink.abandon()
                         raise
-                    record["tokens"] += unit.num_tokens
-            seconds = time.perf_counter() - collecting
-            record |= {"collect_seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
+                    counts["tokens"] += unit.num_tokens
+            counts["collect_seconds"] = time.perf_counter() - collecting
+            counts["tokens_per_second"] = counts["tokens"] / counts["collect_seconds"]
         for layer, seen in sorted(alike.items()):
             if seen.rows > 1 and seen.least > ALIKE:
                 log.warning(
@@ -301,19 +308,34 @@ def collect(
                     "reads, so nothing can be learnt from it",
                     layer, seen.rows, seen.least,
                 )  # fmt: skip
-        _together(record, here)
+        record: dict[str, Any] = {"run": run, "units": len(units), "units_before": len(done), **_together(counts, here)}
         if here.first and not plain:
             record["layers"] = _finish(out)
         record["seconds"] = time.perf_counter() - started
         return {**record, "first_rank": here.first}
 
 
-class CacheSink:
+class Sink(Protocol):
+    """Where rows go."""
+
+    def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """Take rows [K, D] of a layer over, in CPU memory: values `indices` [K] of what the unit wants."""
+
+    def finish(self) -> None:
+        """Put the unit in its place."""
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+
+
+class CacheSink(Sink):
     """A unit of the cache."""
 
     def __init__(
         self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
     ) -> None:
+        # A unit that is written anew must not be found while its files change.
+        (out / f"{run}-{number:05d}{INDEX.removeprefix('*')}").unlink(missing_ok=True)
         self._keys = unit.keys()
         self._writer = ActivationWriter(
             out,
@@ -326,20 +348,20 @@ class CacheSink:
         )
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
-        """Take rows over."""
+        """Have rows copied to the writer."""
         bits = torch.int32 if rows_KD.dtype == torch.float32 else torch.int16
-        self._writer.append(layer, self._keys[indices], norms_K.cpu().numpy(), rows_KD.cpu().view(bits).numpy())
+        self._writer.append(layer, self._keys[indices], norms_K.numpy(), rows_KD.view(bits).numpy())
 
     def finish(self) -> None:
-        """Put the unit in its place."""
+        """Write the index."""
         self._writer.finish()
 
     def abandon(self) -> None:
-        """Leave nothing."""
+        """Remove the files."""
         self._writer.abandon()
 
 
-class PlainSink:
+class PlainSink(Sink):
     """A plain safetensors file of a unit."""
 
     def __init__(self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit) -> None:
@@ -349,9 +371,9 @@ class PlainSink:
         self._rows: list[torch.Tensor] = []
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
-        """Take rows over."""
+        """Keep rows in memory."""
         self._indices.append(indices)
-        self._rows.append(rows_KD.cpu())
+        self._rows.append(rows_KD)
 
     def finish(self) -> None:
         """Write the file."""
@@ -370,12 +392,12 @@ class PlainSink:
         write_atomic(self._path, serialize(tensors, metadata=self._metadata))
 
     def abandon(self) -> None:
-        """Leave nothing."""
+        """Forget the rows."""
         self._rows.clear()
 
 
 class Alike:
-    """Whether the vectors of a layer are all alike."""
+    """Whether the vectors of a layer are all alike; those of which some value is not finite are not looked at."""
 
     def __init__(self) -> None:
         self.first: torch.Tensor | None = None
@@ -384,18 +406,25 @@ class Alike:
 
     def see(self, resid_KD: torch.Tensor, norms_K: torch.Tensor) -> None:
         """Compare vectors [K, D] of these norms [K] with the first one of the layer."""
-        unit_KD = resid_KD.float() / norms_K.clamp_min(1e-12)[:, None]
+        fine = norms_K.isfinite()
+        if not fine.any():
+            return
+        unit_KD = resid_KD[fine].float() / norms_K[fine].clamp_min(1e-12)[:, None]
         if self.first is None:
             self.first = unit_KD[0].clone()
         self.rows += len(unit_KD)
-        self.least = min(self.least, (unit_KD @ self.first).min().item())
+        # Zero vectors have no direction, but they are alike.
+        cosines_K = (unit_KD @ self.first).where(
+            (unit_KD != 0).any(dim=1) | (self.first != 0).any(), torch.ones(()).to(unit_KD)
+        )
+        self.least = min(self.least, cosines_K.min().item())
 
 
 def _cast(resid_KD: torch.Tensor, dtype: str, layer: int) -> torch.Tensor:
     rows_KD = resid_KD.to(DTYPES[dtype]).contiguous()
-    if dtype == "F16" and rows_KD.isinf().any() and not resid_KD.isinf().any():
+    if dtype == "F16" and (lost := resid_KD[rows_KD.isinf() & resid_KD.isfinite()]).numel():
         raise ValueError(
-            f"layer {layer}: values up to {resid_KD.abs().max().item():.0f} do not fit F16, whose greatest is 65504; use "
+            f"layer {layer}: values up to {lost.abs().max().item():.0f} do not fit F16, whose greatest is 65504; use "
             "BF16 or F32"
         )
     return rows_KD
@@ -407,35 +436,56 @@ def _digest(unit: Unit) -> str:
     return fingerprint(*(np.ascontiguousarray(array, dtype="<i8").tobytes() for array in arrays))
 
 
-def _done(out: Path, run: str, *, plain: bool) -> set[int]:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another --out")
-    suffix = (PLAIN if plain else INDEX).removeprefix("*")
+def _plain_done(out: Path, run: str) -> set[int]:
+    if out.is_dir() and any(out.glob(INDEX)):
+        raise FileExistsError(f"{out} is an activation cache; choose another --out for plain files")
+    suffix = PLAIN.removeprefix("*")
     return {int(path.name.removesuffix(suffix).rpartition("-")[2]) for path in out.glob(f"{run}-*{suffix}")}
 
 
-def _earlier(out: Path, run: str, contract: dict[str, Any], dtype: str) -> ActivationCache | None:
-    """What earlier runs left in the folder.
+def _is_there(out: Path, run: str, number: int, unit: Unit) -> bool:
+    """Whether a run's unit is whole: its index, its files, and in it all that it is to hold."""
+    try:
+        cache = ActivationCache.open(out, run=run, unit=number)
+        for layer in np.unique(unit.wanted.layers).tolist():
+            cached = cache.layer(layer)
+            cached.require_files()
+            if (cached.find(unit.keys()[unit.wanted.layers == layer]) < 0).any():
+                return False
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _earlier(
+    out: Path, run: str, contract: Mapping[str, Any], *, dtype: str, width: int | None = None
+) -> ActivationCache | None:
+    """What other runs left in the folder.
 
     Raises:
         FileExistsError: the folder holds something else.
-        ValueError: its rows are of another target or type.
+        ValueError: its rows are of another target, type or width.
     """
-    if not out.is_dir() or not any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another --out")
+    own = re.compile(r"\.?[0-9a-f]{16}-\d{5}(-L\d{3,}|\.index)\.safetensors(\..+\.partial)?|manifest\.json|norms\.png")
+    if out.is_dir() and (strangers := [path.name for path in out.iterdir() if not own.fullmatch(path.name)]):
+        raise FileExistsError(f"{out} holds {strangers[0]!r}, so it is no activation cache; choose another --out")
+    if not any(path for path in out.glob(INDEX) if not path.name.startswith(run)):
         return None
-    try:
-        cache = ActivationCache.open(out, contract=contract)
-    except FileNotFoundError:
-        if all(path.name.endswith(".partial") or path.suffix == ".safetensors" for path in out.iterdir()):
-            return None  # a run that was stopped within its first unit
-        raise FileExistsError(f"{out} exists and is no activation cache; choose another --out") from None
-    if cache.dtype != dtype:
-        raise ValueError(f"{out} holds rows of {cache.dtype}, asked for were {dtype}; choose another --out or --dtype")
-    others = [unit for unit in cache.units if unit.about["run"] != run]
-    return ActivationCache(out, others) if others else None
+    cache = ActivationCache.open(out, contract=contract, without=run)
+    found, asked = (cache.contract, cache.dtype), (dict(contract), dtype)
+    if found != asked or width not in (None, cache.width):
+        raise ValueError(
+            f"{out} holds rows of {cache.dtype} and {cache.width} values, asked for were {dtype}"
+            + (f" and {width}" if width is not None else "")
+            + ("" if found[0] == asked[0] else f"; its contract has {sorted(found[0])}, this one {sorted(asked[0])}")
+            + "; choose another --out or --dtype"
+        )
+    return cache
 
 
-def _remaining(units: Sequence[Unit], old: ActivationCache | None) -> list[Unit]:
+def remaining(units: Sequence[Unit], old: ActivationCache | None) -> list[Unit]:
     """What each unit has to collect: what no unit before it holds, and no earlier run.
 
     Decided from the units and earlier runs alone, so that every rank, and a run that goes on, decides alike.
@@ -456,12 +506,10 @@ def _remaining(units: Sequence[Unit], old: ActivationCache | None) -> list[Unit]
     return [unit.only(kept[first:end]) for unit, first, end in zip(units, bounds, bounds[1:], strict=False)]
 
 
-def _together(record: dict[str, Any], here: Ranks) -> None:
-    """Add the ranks' counts up; behind this every rank has finished."""
-    names = ("rows", "tokens", "writer_seconds", "tokens_per_second")
-    sums = torch.tensor([record.get(name, 0) for name in names], dtype=torch.float64, device=here.device)
-    record |= dict(zip(names, here.sum_(sums).tolist(), strict=True))
-    record |= {name: int(record[name]) for name in ("rows", "tokens")}
+def _together(counts: Mapping[str, float], here: Ranks) -> dict[str, Any]:
+    """The counts of all ranks, added up; behind this every rank has finished."""
+    sums = here.sum_(torch.tensor(list(counts.values()), dtype=torch.float64, device=here.device)).tolist()
+    return {name: type(counts[name])(value) for name, value in zip(counts, sums, strict=True)}
 
 
 def _finish(out: Path) -> dict[str, Any]:
@@ -482,10 +530,10 @@ def summary_text(out: str | Path, record: Mapping[str, Any]) -> str:
     """What was collected, as a person wants to read it."""
     lines = [f"{out}: nothing was missing"]
     if record.get("rows"):
-        share = record["writer_seconds"] / record["seconds"]
+        share = record["writer_seconds"] / record["collect_seconds"]
         lines = [
             f"{out}: {record['rows']:,} rows of {record['tokens']:,} context tokens, {record['seconds']:.1f} s, "
-            f"{record['tokens_per_second']:,.0f} tokens/s, {share:.1%} of the time for writing"
+            f"{record['tokens_per_second']:,.0f} tokens/s, writing took {share:.1%} of it"
         ]
     for layer, of in record.get("layers", {}).items():
         norms = f"norms {of['mean']:.4g}, median {of['quantiles']['0.5']:.4g}" if "mean" in of else "none finite"
@@ -513,35 +561,75 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
     Raises:
         ValueError: sidecar and tensor do not agree.
     """
-    about = read_manifest(sidecar)
-    if absent := {"tensor", "layers", "ids", "contract"} - set(about):
-        raise ValueError(f"{sidecar}: lacks {sorted(absent)}; expected tensor, layers, ids and contract")
-    contexts = [np.asarray(ids, dtype=np.int32) for ids in about["ids"]]
+    about = Sidecar.read(sidecar)
     with safe_open(file, framework="pt") as opened:
-        if about["tensor"] not in opened.keys():  # noqa: SIM118 - the file is no mapping
-            raise ValueError(f"{file}: no tensor {about['tensor']!r}, only {sorted(opened.keys())}")
-        values_TLD = opened.get_tensor(about["tensor"])
-    shape = (sum(map(len, contexts)), len(about["layers"]))
+        if about.tensor not in opened.keys():  # noqa: SIM118 - the file is no mapping
+            raise ValueError(f"{file}: no tensor {about.tensor!r}, only {sorted(opened.keys())}")
+        values_TLD = opened.get_tensor(about.tensor)
+    shape = (sum(map(len, about.ids)), len(about.layers))
     names = {dtype: name for name, dtype in DTYPES.items()}
     if values_TLD.dim() != 3 or tuple(values_TLD.shape[:2]) != shape or values_TLD.dtype not in names:
         raise ValueError(
-            f"{file}: {about['tensor']} is {values_TLD.dtype} {list(values_TLD.shape)}; {sidecar} says "
+            f"{file}: {about.tensor} is {values_TLD.dtype} {list(values_TLD.shape)}; {sidecar} says "
             f"[{shape[0]} tokens, {shape[1]} layers, D], and rows are BF16, F16 or F32"
         )
-    keys = np.concatenate([context_keys(ids) for ids in contexts])
-    _, first = np.unique(keys, axis=0, return_index=True)
-    first.sort()
-    unit = Unit(contexts, _at_layers(*_everywhere(contexts), np.asarray(about["layers"])))
-    dtype = names[values_TLD.dtype]
-    run = fingerprint(about["contract"], dtype, _digest(unit))[:16]
-    _earlier(Path(out), run, about["contract"], dtype)
-    sink = CacheSink(Path(out), run, 0, about["contract"], unit, dtype=dtype, width=values_TLD.shape[2])
+    contexts = [np.asarray(ids, dtype=np.int32) for ids in about.ids]
+    unit = Unit(contexts, _at_layers(*_everywhere(contexts), np.asarray(about.layers)))
+    keys = unit.keys()[:: shape[1]]
+    _, first, serving = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    same = torch.from_numpy(first[serving.reshape(-1)])
+    if len(differing := (values_TLD[same] != values_TLD).flatten(1).any(dim=1).nonzero().flatten()):
+        row = int(differing[0])
+        raise ValueError(
+            f"{file}: tokens {int(same[row])} and {row} were read after the same ids, and have other activations; were the "
+            "contexts padded, or read by a model with other mixers than causal attention?"
+        )
+    out, dtype, width = Path(out), names[values_TLD.dtype], values_TLD.shape[2]
+    run = fingerprint(about.contract, dtype, _digest(unit), input_digest(str(file)))[:16]
+    [left] = remaining([unit], _earlier(out, run, about.contract, dtype=dtype, width=width))
+    sink = CacheSink(out, run, 0, about.contract, left, dtype=dtype, width=width)
+    starts = np.cumsum([0, *map(len, contexts)])
     try:
-        for column, layer in enumerate(about["layers"]):
-            rows_KD = values_TLD[first, column].contiguous()
-            sink.append(layer, first * shape[1], rows_KD.float().norm(dim=1), rows_KD)
+        for column, layer in enumerate(about.layers):
+            indices = np.flatnonzero(left.wanted.layers == layer)
+            tokens = starts[left.wanted.contexts[indices]] + left.wanted.positions[indices]
+            rows_KD = values_TLD[torch.from_numpy(tokens), column].contiguous()
+            sink.append(layer, indices, rows_KD.float().norm(dim=1), rows_KD)
         sink.finish()
     except BaseException:
         sink.abandon()
         raise
-    return _finish(Path(out))
+    return _finish(out)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a tensor of another tool is."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+
+    tensor: str
+    """Its name."""
+    layers: list[Annotated[int, Ge(0), Lt(2**15)]]
+    """Of its columns, blocks counted from 0."""
+    ids: list[Annotated[list[Annotated[int, Ge(0), Lt(2**31)]], MinLen(1)]]
+    """Token ids of each context."""
+    contract: dict[str, Any]
+    """What the rows are."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> Sidecar:
+        """Read a JSON file.
+
+        Raises:
+            ValueError: a key is missing, unknown or out of range; names it.
+        """
+        try:
+            found = TypeAdapter(cls).validate_json(Path(path).read_bytes(), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {where}: {first['msg']}; expected tensor, layers, ids and contract") from None
+        if not found.ids or len(set(found.layers)) != len(found.layers):
+            raise ValueError(f"{path}: expected one context at least, and each layer once, got layers {found.layers}")
+        return found

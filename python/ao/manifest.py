@@ -12,6 +12,9 @@ from typing import Any
 WHOLE_FILES_BELOW = 64 * 2**20
 """Weights smaller than this in total are fingerprinted whole, larger ones by their headers and sizes (bytes)."""
 
+SAMPLES, SAMPLE_BYTES = 256, 4096
+"""Pieces of a large file of weights that are looked at, evenly spread, and their size."""
+
 
 def canonical_json(obj: object) -> str:
     """JSON with sorted keys and no spaces; equal objects give equal text.
@@ -105,7 +108,8 @@ def _short(value: object) -> str:
 def model_fingerprint(folder: str | Path) -> str:
     """Fingerprint of a model folder: its config.json and its weights, whatever the folder is called.
 
-    Weights count whole below `WHOLE_FILES_BELOW`; above, each file counts by name, size and safetensors header.
+    Weights count whole below `WHOLE_FILES_BELOW`; above, each file counts by name, size, safetensors header and `SAMPLES`
+    pieces, which tell one trained checkpoint from another.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -116,8 +120,18 @@ def model_fingerprint(folder: str | Path) -> str:
     whole = sum(file.stat().st_size for file in files) < WHOLE_FILES_BELOW
     parts: list[object] = [(folder / "config.json").read_bytes()]
     for file in files:
-        parts += [file.name, file.stat().st_size, file.read_bytes() if whole else _safetensors_header(file)]
+        parts += [file.name, file.stat().st_size, file.read_bytes() if whole else _sampled(file)]
     return fingerprint(*parts)
+
+
+def _sampled(path: Path) -> bytes:
+    header = _safetensors_header(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        for piece in range(SAMPLES):
+            file.seek(8 + len(header) + (size - 8 - len(header)) * piece // SAMPLES)
+            header += file.read(SAMPLE_BYTES)
+    return header
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
@@ -126,7 +140,10 @@ def adapter_fingerprint(folder: str | Path) -> str:
     Raises:
         FileNotFoundError: the folder lacks one of them.
     """
-    files = (Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    files = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"adapter {str(folder)!r}: no {file.name} there; give the folder of a LoRA adapter")
     return fingerprint(*(file.read_bytes() for file in files))
 
 

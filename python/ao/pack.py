@@ -461,13 +461,13 @@ def _summary(
 def _part_summary(
     partial: Path, part: tuple[int, int], done: Mapping[str, Any], oracle_framer: Framer, **seconds: float
 ) -> dict[str, Any]:
-    names = ("offered", "examples", "datapoints", "input_tokens", "drops", "errors", "messages")
+    names = ("offered", "examples", "datapoints", "input_tokens", "unanswerable", "without_donor", "drops", "errors")
     return {
         "out": str(partial),
         "way": "packed",
         "part": f"{part[0]}/{part[1]}",
         "shards": len(_shards(partial, part)),
-        **{name: done[name] for name in names},
+        **{name: done[name] for name in (*names, "messages")},
         "engine": oracle_framer.engine,
         **_speed(done, **seconds),
     }

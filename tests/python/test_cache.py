@@ -67,7 +67,7 @@ def cache(tmp_path: Path) -> tuple[CachedLayer, np.ndarray]:
 
 
 def test_keys_are_a_chain_of_hashes() -> None:
-    ids, expected, last = [3, -1, 2**31 - 1], [], bytes(16)
+    ids, expected, last = [3, 0, 2**31 - 1], [], bytes(16)
     for token in ids:
         last = xxhash.xxh3_128_intdigest(last + token.to_bytes(4, "little", signed=True)).to_bytes(16, "little")
         expected.append([int.from_bytes(last[8:], "little"), int.from_bytes(last[:8], "little")])
@@ -75,6 +75,9 @@ def test_keys_are_a_chain_of_hashes() -> None:
     assert context_keys(np.array([], np.int32)).shape == (0, 2)
     with pytest.raises(ValueError, match=r"ids has values of 4 bytes and type \"f\""):
         _ao.context_keys(np.zeros(3, np.float32))
+    for wrong in (np.array([2**32 + 5]), np.array([-1]), np.array([1.5]), np.zeros((2, 2), int)):
+        with pytest.raises(ValueError, match=r"expected token ids \[length\] from 0 below 2\*\*31"):
+            context_keys(wrong)
 
 
 @pytest.mark.parametrize("dtype", TORCH)
@@ -371,7 +374,7 @@ def test_verify_lists_every_damage(tmp_path: Path) -> None:
         assert what in line
     # A cut file is refused before it is mapped: touching what is missing would kill the process.
     layer = ActivationCache.open(tmp_path).layer(1)
-    with pytest.raises(ValueError, match="expected 4180 bytes, got 4179; the unit is damaged"):
+    with pytest.raises(ValueError, match=r"4179 bytes, and by its header .* with 3 rows"):
         layer[0]
 
 
@@ -403,7 +406,10 @@ def test_verify_lists_a_manifest_of_other_units(tmp_path: Path) -> None:
 def test_a_foreign_index_is_refused(tmp_path: Path, content: bytes) -> None:
     write_unit(tmp_path, 0, 3)
     (tmp_path / "other.index.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"other.index.safetensors: not a file of activations: .*; collect it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"other.index.safetensors: not a file of activations: .*; remove its unit's index and run ao collect again",
+    ):
         ActivationCache.open(tmp_path)
     (line,) = verify(tmp_path)
     assert "other.index.safetensors" in line

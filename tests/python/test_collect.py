@@ -62,6 +62,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "UNIT_TOKENS", 40)
+    monkeypatch.setattr(collect, "PLAIN_UNIT_TOKENS", 40)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,41 @@ def collect_into(model: ModelConfig, units: list[Unit], out: Path) -> dict[str, 
     return collect.collect(model, units, out=out)
 
 
+def test_what_is_there_already_needs_no_unit_and_no_model(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts")
+    before = content(tmp_path / "acts")
+    monkeypatch.setattr(collect, "load_model", None)
+    # Another run by its digest, of which earlier ones hold all or nothing is left.
+    record = collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts", tokens_per_row=99)
+    assert (record["rows"], content(tmp_path / "acts")) == (0, before)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "index", "leaned on"])
+def test_a_unit_that_is_not_whole_is_collected_again(recipe: Recipe, tmp_path: Path, damage: str) -> None:
+    out, units = tmp_path / "acts", collect.units(recipe)
+    if damage == "leaned on":
+        first = collect.collect(recipe.model, units[:1], out=out)
+        collect.collect(recipe.model, units, out=out)
+        for file in out.glob(f"{first['run']}-*"):
+            file.unlink()
+    else:
+        collect.collect(recipe.model, units, out=out)
+        before = content(out)
+        file = sorted(out.glob("*-00001-*.safetensors" if damage != "index" else "*-00001.index.safetensors"))[0]
+        file.write_bytes(file.read_bytes()[:-5])
+        if damage == "missing":
+            file.unlink()
+    collect.collect(recipe.model, units, out=out)
+    cache = ActivationCache.open(out)
+    assert all(
+        (cache.layer(layer).find(u.keys()[u.wanted.layers == layer]) >= 0).all() for u in units for layer in LAYERS
+    )
+    assert verify(out) == []
+    assert damage == "leaned on" or content(out) == before
+
+
 def test_an_adapter_is_another_target(recipe: Recipe, tmp_path: Path, demo_adapter: Path) -> None:
     units = collect.units(recipe)
     collect.collect(recipe.model, units, out=tmp_path / "base")
@@ -170,8 +206,10 @@ def test_an_adapter_is_another_target(recipe: Recipe, tmp_path: Path, demo_adapt
     assert not np.allclose(base.gather(np.arange(len(base))), worn.gather(np.arange(len(worn))), atol=1e-3)
     with pytest.raises(ValueError, match=r"collected from.*adapter"):
         collect.collect(recipe.model, units, out=tmp_path / "base", adapter=demo_adapter)
-    with pytest.raises(ValueError, match="rows of F32, asked for were BF16"):
+    with pytest.raises(ValueError, match="rows of F32 and 96 values, asked for were BF16"):
         collect.collect(recipe.model, units, out=tmp_path / "base", dtype="BF16")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json there"):
+        collect.collect(recipe.model, units, out=tmp_path / "other", adapter=tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no activation cache"):
@@ -236,10 +274,27 @@ def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
         ({"layers": [4]}, r"resid is torch.bfloat16 \[7, 2, 6\].*\[7 tokens, 1 layers, D\]"),
         ({"tensor": "x"}, r"no tensor 'x', only \['resid'\]"),
         ({"ids": [[1, 2]]}, r"\[2 tokens, 2 layers, D\]"),
+        (
+            {"ids": [[1, 2, 3], [1, 2, 3, 5]]},
+            r"tokens 2 and 5 were read after the same ids, and have other activations",
+        ),
+        ({"ids": [[1.5]]}, r"about\.json: ids\.0\.0: .*integer"),
+        ({"ids": [[]]}, r"about\.json: ids\.0: .*at least 1"),
+        ({"layers": [-1, 4]}, r"about\.json: layers\.0: "),
+        ({"layers": [4, 4]}, r"each layer once, got layers \[4, 4\]"),
+        ({"contract": "m"}, r"about\.json: contract: "),
+        ({"more": 1}, r"about\.json: more: "),
     ]:
         (tmp_path / "about.json").write_text(json.dumps(about | wrong))
         with pytest.raises(ValueError, match=message):
             import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "other")
+    # Into a cache of other rows nothing is written.
+    before = content(tmp_path / "acts")
+    (tmp_path / "about.json").write_text(json.dumps(about | {"layers": [4, 9]}))
+    save_file({"resid": values[..., :4].contiguous()}, tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match="rows of BF16 and 6 values, asked for were BF16 and 4"):
+        import_tensor(tmp_path / "narrow.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
+    assert content(tmp_path / "acts") == before
 
 
 def test_vectors_that_are_all_alike_are_told(
@@ -251,6 +306,17 @@ def test_vectors_that_are_all_alike_are_told(
         for layer, indices, resid_KD in honest(*args, **options):
             yield layer, indices, resid_KD[:1].expand_as(resid_KD) if layer == LAYERS[1] else resid_KD
 
+    same, other = collect.Alike(), collect.Alike()
+    for value in (0.0, 1.0):
+        same.see(torch.full((3, 4), value * 2), torch.full((3,), value * 4))
+    assert same.least == 0.0  # zeros, and then something else
+    zeros = collect.Alike()
+    zeros.see(torch.zeros(3, 4), torch.zeros(3))
+    assert (zeros.rows, zeros.least) == (3, 1.0)
+    rows = torch.eye(4)
+    rows[0, 0] = torch.nan
+    other.see(rows, rows.norm(dim=1))
+    assert (other.rows, other.least) == (3, 0.0)
     monkeypatch.setattr(collect, "collected", dead)
     one_context = collect.units(recipe)[0]
     with caplog.at_level(logging.WARNING):
@@ -266,6 +332,7 @@ def test_values_beyond_half_precision_are_refused(
 
     def large(*args: object, **options: object) -> object:
         for layer, indices, resid_KD in honest(*args, **options):
+            resid_KD[0, 0] = torch.inf  # which is none that was lost
             yield layer, indices, resid_KD * 1e5
 
     monkeypatch.setattr(collect, "collected", large)
@@ -276,14 +343,16 @@ def test_values_beyond_half_precision_are_refused(
 
 def test_a_unit_knows_its_keys_and_parts() -> None:
     contexts = [np.array([5, 6, 7], np.int32), np.array([5, 6, 8, 9], np.int32)]
-    [unit] = collect.units_of(contexts, Wanted(np.array([1, 0, 1]), np.array([2, 2, 2]), np.array([3, 1, 1])))
+    [unit] = collect.units_of(
+        contexts, Wanted(np.array([1, 0, 1]), np.array([2, 2, 2]), np.array([3, 1, 1])), unit_tokens=40
+    )
     keys = unit.keys()
     assert keys.tolist() == [context_keys(contexts[c])[p].tolist() for c, p in [(0, 1), (1, 1), (1, 3)]]
     assert keys[0].tolist() == keys[1].tolist()
-    [left] = collect._remaining([unit], None)
+    [left] = collect.remaining([unit], None)
     assert left.wanted.positions.tolist() == [1, 3]
     assert [len(ids) for ids in left.contexts] == [2, 4]
-    assert list(collect.units_of([], Wanted(*(np.empty(0, int),) * 3))) == []
+    assert list(collect.units_of([], Wanted(*(np.empty(0, int),) * 3), unit_tokens=40)) == []
 
 
 def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
@@ -296,7 +365,9 @@ def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
     inspect(out, plot=tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes() == (out / "norms.png").read_bytes()
     (out / "manifest.json").unlink()
-    assert "it is being collected, or was stopped" in text(inspect(out))
+    assert "not in the manifest yet: it is being collected, or was stopped" in text(inspect(out))
+    with pytest.raises(ValueError, match="a file of an activation cache; inspect its folder"):
+        inspect(next(out.glob("*-L003.safetensors")))
     damaged = next(out.glob("*-L003.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x99")
     result = inspect(out, check=True)

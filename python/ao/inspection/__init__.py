@@ -91,9 +91,8 @@ def _inspected(
         return {**result, **_activations(found, check=check, plot=plot)}
     if not found.is_data:
         if rows or ids or check or plot:
-            raise ValueError(
-                f"{found.path}: {found.what}, without datapoints; --row, --id, --verify and --plot are for packed data sets"
-            )
+            also = "--row and --id" if found.kind == "activations" else "--row, --id, --verify and --plot"
+            raise ValueError(f"{found.path}: {found.what}, without datapoints; {also} are for packed data sets")
         return {**result, **found.content}
     if check:
         return {**result, **_verified(found, model, progress=progress)}

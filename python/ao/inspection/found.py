@@ -108,6 +108,13 @@ def _file(path: Path) -> Found:
         raise ValueError(
             f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
         ) from None
+    if "contract" in metadata:
+        what = (
+            "plain activations; docs/activations.md shows how they are read"
+            if "run" not in metadata
+            else (f"a file of an activation cache; inspect its folder, {path.parent}")
+        )
+        raise ValueError(f"{path}: {what}")
     if metadata.get("kind") == "plan":
         from ao.plan import Plan
 
@@ -145,8 +152,15 @@ def _activations(path: Path) -> Found:
         )
     content = {**cache.contract, "rows": f"{cache.dtype}, {cache.width} values", "units": len(cache.units), **layers}
     notes = ["norms: mean [1 %, 25 %, median, 75 %, 99 %]"]
-    if not (path / "manifest.json").is_file():
-        notes.append("no manifest.json yet: it is being collected, or was stopped; the same ao collect goes on")
+    listed = (
+        {unit["index"] for unit in read_manifest(path / "manifest.json")["units"]}
+        if (path / "manifest.json").is_file()
+        else set()
+    )
+    if new := {unit.path.name for unit in cache.units} - listed:
+        notes.append(
+            f"{len(new)} units are not in the manifest yet: it is being collected, or was stopped; the same ao collect goes on"
+        )
     return Found("activations", path, content={"content": content}, notes=notes)
 
 

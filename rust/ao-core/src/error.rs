@@ -139,6 +139,11 @@ impl Error {
         Self::Shard { path: path.to_owned(), what: what.to_string(), remedy: "build the packed data set again" }
     }
 
+    /// Something wrong with a file of an activation cache.
+    pub(crate) fn cached(path: &Path, what: impl Display) -> Self {
+        Self::shard(path, what).with_remedy("remove its unit's index and run ao collect again")
+    }
+
     /// The same error with another remedy, where it is one of a shard.
     pub(crate) fn with_remedy(self, remedy: &'static str) -> Self {
         match self {

@@ -6,13 +6,13 @@ use std::sync::{Mutex, PoisonError};
 
 use ao_core::Error;
 use ao_core::activations::index::{self, Unit};
-use ao_core::activations::reader::{Mode, Place, RowReader};
+use ao_core::activations::reader::{Mode, RowReader};
 use ao_core::activations::writer::UnitWriter;
 use ao_core::activations::{RowType, keys};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::buffers::{Buffer, bytes, bytes_mut, words};
+use crate::buffers::{Buffer, bytes, bytes_mut, values};
 use crate::error::to_python;
 use crate::shard::{Layout, to_tuples};
 
@@ -22,7 +22,7 @@ const KEY_BYTES: usize = 16;
 /// For each position of a context its key: uint64 [n, 2], upper and lower half.
 #[pyfunction]
 pub fn context_keys(py: Python<'_>, ids: Buffer) -> PyResult<Bound<'_, PyBytes>> {
-    let ids: Vec<i32> = words(&ids, "ids", "il")?.into_iter().map(i32::from_le_bytes).collect();
+    let ids: Vec<i32> = values::<4>(&ids, "ids", "il")?.into_iter().map(i32::from_le_bytes).collect();
     let found = py.detach(|| keys::context_keys(&ids));
     PyBytes::new_with(py, KEY_BYTES * found.len(), |out| {
         for (out, key) in out.as_chunks_mut::<KEY_BYTES>().0.iter_mut().zip(found) {
@@ -31,6 +31,10 @@ pub fn context_keys(py: Python<'_>, ids: Buffer) -> PyResult<Bound<'_, PyBytes>>
         }
         Ok(())
     })
+}
+
+fn longs(buffer: &Buffer, what: &str) -> PyResult<Vec<i64>> {
+    Ok(values::<8>(buffer, what, "lq")?.into_iter().map(i64::from_le_bytes).collect())
 }
 
 fn key(halves: &[u8; KEY_BYTES]) -> u128 {
@@ -72,7 +76,7 @@ impl ActivationWriter {
             return Err(to_python(Error::Input(what)));
         }
         let keys: Vec<u128> = keys.iter().map(key).collect();
-        let norms: Vec<f32> = words(&norms, "norms", "f")?.into_iter().map(f32::from_le_bytes).collect();
+        let norms: Vec<f32> = values::<4>(&norms, "norms", "f")?.into_iter().map(f32::from_le_bytes).collect();
         let rows = bytes(&rows, "rows")?;
         self.with(py, |writer| writer.append(layer, &keys, &norms, rows))
     }
@@ -126,26 +130,22 @@ impl ActivationReader {
         Ok(Self { reader: RowReader::open(&paths, row).map_err(to_python)? })
     }
 
-    #[pyo3(signature = (files, rows, out, *, mode = "auto"))]
-    fn gather(&self, py: Python<'_>, files: Buffer, rows: Buffer, mut out: Buffer, mode: &str) -> PyResult<()> {
-        let (places, mode) = (places(&files, &rows)?, Mode::named(mode).map_err(to_python)?);
+    /// Number of rows in all files.
+    fn __len__(&self) -> usize {
+        self.reader.len()
+    }
+
+    #[pyo3(signature = (rows, out, *, mode = "auto"))]
+    fn gather(&self, py: Python<'_>, rows: Buffer, mut out: Buffer, mode: &str) -> PyResult<()> {
+        let (rows, mode) = (longs(&rows, "rows")?, Mode::named(mode).map_err(to_python)?);
         let out = bytes_mut(&mut out, "out")?;
-        py.detach(|| self.reader.gather(&places, out, mode)).map_err(to_python)
+        py.detach(|| self.reader.gather(&self.reader.places(&rows)?, out, mode)).map_err(to_python)
     }
 
-    fn prefetch(&self, py: Python<'_>, files: Buffer, rows: Buffer) -> PyResult<()> {
-        let places = places(&files, &rows)?;
-        py.detach(|| self.reader.prefetch(&places)).map_err(to_python)
+    fn prefetch(&self, py: Python<'_>, rows: Buffer) -> PyResult<()> {
+        let rows = longs(&rows, "rows")?;
+        py.detach(|| self.reader.prefetch(&self.reader.places(&rows)?)).map_err(to_python)
     }
-}
-
-fn places(files: &Buffer, rows: &Buffer) -> PyResult<Vec<Place>> {
-    let (files, rows) = (words(files, "files", "IL")?, words(rows, "rows", "IL")?);
-    if files.len() != rows.len() {
-        let what = format!("{} files and {} rows; expected one file for each row", files.len(), rows.len());
-        return Err(to_python(Error::Input(what)));
-    }
-    Ok(files.into_iter().map(u32::from_le_bytes).zip(rows.into_iter().map(u32::from_le_bytes)).collect())
 }
 
 /// What an index says of its unit, as canonical JSON, and its arrays.

@@ -50,16 +50,16 @@ fn require_contiguous(buffer: &PyUntypedBuffer, what: &str) -> PyResult<()> {
     Err(to_python(Error::Input(format!("{what} is not contiguous; copy it with numpy.ascontiguousarray"))))
 }
 
-/// The values of a buffer of little-endian 4-byte integers or floats, of one of `types` as Python's `struct` calls them.
-pub(crate) fn words(of: &Buffer, what: &str, types: &str) -> PyResult<Vec<[u8; 4]>> {
+/// The little-endian values of a buffer, of `N` bytes each and one of `types` as Python's `struct` calls them.
+pub(crate) fn values<const N: usize>(of: &Buffer, what: &str, types: &str) -> PyResult<Vec<[u8; N]>> {
     let bytes = bytes(of, what)?;
     let Buffer(buffer) = of;
     let found = buffer.format().to_string_lossy();
-    if buffer.item_size() != 4 || !types.contains(found.trim_start_matches(['<', '=', '@'])) {
+    if buffer.item_size() != N || !types.contains(found.trim_start_matches(['<', '=', '@'])) {
         return Err(to_python(Error::Input(format!(
-            "{what} has values of {} bytes and type {found:?}; expected 4 and one of {types:?}",
+            "{what} has values of {} bytes and type {found:?}; expected {N} and one of {types:?}",
             buffer.item_size()
         ))));
     }
-    Ok(bytes.as_chunks::<4>().0.to_vec())
+    Ok(bytes.as_chunks::<N>().0.to_vec())
 }

@@ -41,7 +41,7 @@ pub(crate) fn encode(about: &Value, row: RowType, rows: u64) -> Result<Vec<u8>> 
 /// The safetensors header at the beginning of `bytes`, its metadata under our key, and where its tensors begin. `bytes` need
 /// not hold the tensors.
 pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<(Metadata, Value, usize)> {
-    let wrong = |what: String| Error::shard(path, format!("not a file of activations: {what}; collect it again"));
+    let wrong = |what: String| Error::cached(path, format!("not a file of activations: {what}"));
     let length = bytes.get(..8).map_or(u64::MAX, |length| u64::from_le_bytes(length.try_into().expect("eight bytes")));
     let end = usize::try_from(length).ok().and_then(|length| length.checked_add(8));
     let text = end.and_then(|end| bytes.get(8..end)).ok_or_else(|| wrong("its header is cut".to_owned()))?;

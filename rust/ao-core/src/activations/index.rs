@@ -44,12 +44,21 @@ impl Unit {
     /// Name of the file of a layer's rows.
     #[must_use]
     pub fn rows_name(&self, layer: u16) -> String {
-        format!("{}-{:05}-L{layer:03}.safetensors", self.run, self.number)
+        rows_name(&self.run, u64::from(self.number), u64::from(layer))
+    }
+
+    /// The name that a file of rows has by what its header says of it.
+    pub(crate) fn rows_name_of(about: &Value) -> Option<String> {
+        Some(rows_name(about["run"].as_str()?, about["unit"].as_u64()?, about["layer"].as_u64()?))
     }
 
     pub(crate) fn header(&self, layer: u16, rows: u64) -> Result<Vec<u8>> {
         header::encode(&header::about(&self.contract, &self.run, self.number, layer), self.row, rows)
     }
+}
+
+fn rows_name(run: &str, number: u64, layer: u64) -> String {
+    format!("{run}-{number:05}-L{layer:03}.safetensors")
 }
 
 /// The rows of one layer of a unit.
@@ -182,8 +191,8 @@ impl Opened {
         let (start, length) = (start as u64, header.data_len());
         if size - start != length as u64 {
             let expected = start + length as u64;
-            let what = format!("damaged: expected {expected} bytes, got {size}; collect the unit again");
-            return Err(Error::shard(path, what));
+            let what = format!("damaged: expected {expected} bytes, got {size}");
+            return Err(Error::cached(path, what));
         }
         let (unit, rows) = described(&header, &about).map_err(|what| wrong(path, what))?;
         Ok(Self { file, header, about, start, length, unit, rows })
@@ -191,7 +200,7 @@ impl Opened {
 }
 
 fn wrong(path: &Path, what: impl Display) -> Error {
-    Error::shard(path, format!("not an index of activations: {what}; collect the unit again"))
+    Error::cached(path, format!("not an index of activations: {what}"))
 }
 
 /// Of which unit a header is the index, and the rows of each layer; its arrays are those of that many rows, no others.
@@ -281,7 +290,7 @@ pub fn verify(index: &Path) -> Result<()> {
     let folder = index.parent().map_or_else(PathBuf::new, Path::to_path_buf);
     let expected = read.unit.index_name();
     if index.file_name().is_none_or(|name| name.to_string_lossy() != *expected) {
-        return Err(Error::shard(index, format!("it is the index of {expected}; give it its name back")));
+        return Err(Error::cached(index, format!("it is the index of {expected}; give it its name back")));
     }
     for (&layer, held) in read.layers.iter().filter(|(_, held)| !held.keys.is_empty()) {
         verify_rows(&folder.join(read.unit.rows_name(layer)), &read.unit, layer, held)?;
@@ -290,8 +299,7 @@ pub fn verify(index: &Path) -> Result<()> {
 }
 
 fn verify_rows(path: &Path, unit: &Unit, layer: u16, held: &LayerRows) -> Result<()> {
-    let wrong =
-        |what: String| Error::shard(path, format!("damaged: {what}; remove its index and collect the unit again"));
+    let wrong = |what: String| Error::cached(path, format!("damaged: {what}"));
     let mut file = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
     let size = file.metadata().map_err(|error| Error::io(path, "reading", error))?.len();
     let bytes = held.keys.len() * unit.row.bytes();

@@ -1,14 +1,15 @@
 //! Gathering rows at random: places sorted, neighbours read together, each window from where it is.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
 use super::disk::{Aligned, PAGE, open_past_cache, read_at};
-use super::{HEADER_BYTES, RowType};
+use super::index::Unit;
+use super::{HEADER_BYTES, RowType, TENSOR, header};
 use crate::error::{Error, Result};
 
 /// Rows that lie this close are read in one go, with what is between them.
@@ -17,11 +18,13 @@ const GAP_BYTES: u64 = 16 << 10;
 const WINDOW_BYTES: u64 = 1 << 20;
 /// Reads that are under way at once past the page cache.
 const THREADS: usize = 8;
+/// Windows that are looked at to see where the rows are.
+const SAMPLE: usize = 8;
 
 /// Where rows are read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// What the page cache has from there, the rest directly.
+    /// As some of the rows are in the page cache, all or none: hinted, warm or direct.
     Auto,
     /// Through the page cache.
     Warm,
@@ -55,6 +58,8 @@ pub type Place = (u32, u32);
 /// Open files of rows of one layer.
 pub struct RowReader {
     files: Vec<RowFile>,
+    /// Rows up to and with each file.
+    ends: Vec<u64>,
     row_bytes: u64,
     pool: OnceLock<rayon::ThreadPool>,
 }
@@ -63,7 +68,8 @@ struct RowFile {
     path: PathBuf,
     rows: u64,
     cached: File,
-    direct: Option<File>,
+    /// Opened when it is first wanted: files that are open are counted.
+    direct: OnceLock<Option<File>>,
 }
 
 /// Rows that are read in one go, each with where it goes, if anywhere.
@@ -80,11 +86,26 @@ impl RowReader {
     /// Open files of rows.
     ///
     /// # Errors
-    /// If one is missing or no whole number of rows.
+    /// If one is missing, cut, or not the file that its name says.
     pub fn open(paths: &[PathBuf], row: RowType) -> Result<Self> {
-        let row_bytes = row.bytes() as u64;
-        let files = paths.iter().map(|path| RowFile::open(path, row_bytes)).collect::<Result<_>>()?;
-        Ok(Self { files, row_bytes, pool: OnceLock::new() })
+        let files = paths.iter().map(|path| RowFile::open(path, row)).collect::<Result<Vec<_>>>()?;
+        let mut ends: Vec<u64> = files.iter().map(|file| file.rows).collect();
+        for at in 1..ends.len() {
+            ends[at] += ends[at - 1];
+        }
+        Ok(Self { files, ends, row_bytes: row.bytes() as u64, pool: OnceLock::new() })
+    }
+
+    /// Rows in all files.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ends.last().map_or(0, |&end| end as usize)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Read the rows at `places` into `out`, in their order.
@@ -103,25 +124,47 @@ impl RowReader {
         }
         let slots = out.chunks_exact_mut(self.row_bytes as usize);
         let mut windows = self.windows(places.iter().copied().zip(slots).collect())?;
+        let mode = if mode == Mode::Auto { self.mode_of(&windows) } else { mode };
+        let scratch = &mut Vec::new();
         match mode {
-            Mode::Warm => windows.iter_mut().try_for_each(|window| self.read_cached(window)),
+            Mode::Warm => windows.iter_mut().try_for_each(|window| self.read_cached(window, scratch)),
             Mode::Hinted => {
                 for window in &windows {
                     self.announce(window);
                 }
-                windows.iter_mut().try_for_each(|window| self.read_cached(window))
+                windows.iter_mut().try_for_each(|window| self.read_cached(window, scratch))
             }
             Mode::Direct => self.read_direct(&mut windows),
-            Mode::Auto => {
-                let mut cold = Vec::new();
-                for mut window in windows {
-                    if !self.read_resident(&mut window)? {
-                        cold.push(window);
-                    }
-                }
-                self.read_direct(&mut cold)
-            }
+            Mode::Auto => unreachable!("it stands for one of the others"),
         }
+    }
+
+    /// What `Auto` stands for, by the first byte of a few windows.
+    fn mode_of<S>(&self, windows: &[Window<S>]) -> Mode {
+        let sample = windows.iter().step_by(windows.len().div_ceil(SAMPLE).max(1));
+        let resident = sample.map(|window| self.is_resident(window));
+        match resident.fold((true, false), |(all, any), there| (all && there, any || there)) {
+            (true, _) => Mode::Warm,
+            (_, true) => Mode::Hinted,
+            _ => Mode::Direct,
+        }
+    }
+
+    /// The file and the row there of each row, counted over all files.
+    ///
+    /// # Errors
+    /// If there is no such row.
+    pub fn places(&self, rows: &[i64]) -> Result<Vec<Place>> {
+        let place = |row: i64| {
+            let row = u64::try_from(row).ok().filter(|row| self.ends.last().is_some_and(|end| row < end));
+            let file = row.map(|row| (self.ends.partition_point(|&end| end <= row), row));
+            file.map(|(file, row)| (file as u32, (row + self.files[file].rows - self.ends[file]) as u32))
+        };
+        rows.iter().map(|&row| place(row).ok_or_else(|| self.no_row(row))).collect()
+    }
+
+    fn no_row(&self, row: i64) -> Error {
+        Error::input(format!("row {row}: there are {} rows", self.ends.last().unwrap_or(&0)))
     }
 
     /// Tell the system that the rows at `places` are wanted soon, and return at once.
@@ -186,34 +229,32 @@ impl RowReader {
         }
     }
 
-    fn read_cached(&self, window: &mut Window<Slot<'_>>) -> Result<()> {
+    fn read_cached(&self, window: &mut Window<Slot<'_>>, scratch: &mut Vec<u8>) -> Result<()> {
         let file = self.file(window);
-        if let [(row, slot)] = window.rows.as_mut_slice() {
-            return read_exact(&file.cached, &file.path, slot, self.offset(*row));
+        let failed = |error| Error::io(&file.path, "reading", error);
+        if window.rows.iter().map(|(row, _)| *row).eq(window.first..window.end)
+            && read_into_slots(&file.cached, &mut window.rows, self.offset(window.first)).map_err(failed)?
+        {
+            return Ok(());
         }
-        let mut bytes = vec![0; self.length(window)];
-        read_exact(&file.cached, &file.path, &mut bytes, self.offset(window.first))?;
-        self.deal(window, &bytes);
+        scratch.resize(self.length(window), 0);
+        read_exact(&file.cached, &file.path, scratch, self.offset(window.first))?;
+        self.deal(window, scratch);
         Ok(())
     }
 
-    /// Read a window if the page cache has it whole.
-    fn read_resident(&self, window: &mut Window<Slot<'_>>) -> Result<bool> {
-        let file = self.file(window);
-        let mut bytes = vec![0; self.length(window)];
-        if !read_without_waiting(&file.cached, &mut bytes, self.offset(window.first))
-            .map_err(|error| Error::io(&file.path, "reading", error))?
-        {
-            return Ok(false);
-        }
-        self.deal(window, &bytes);
-        Ok(true)
+    /// Whether the page cache has the first byte of a window.
+    fn is_resident<S>(&self, window: &Window<S>) -> bool {
+        is_resident(&self.file(window).cached, self.offset(window.first))
     }
 
     fn read_direct(&self, windows: &mut [Window<Slot<'_>>]) -> Result<()> {
         let one = |scratch: &mut Aligned, window: &mut Window<Slot<'_>>| {
             let file = self.file(window);
-            let Some(direct) = &file.direct else { return self.read_cached(window) };
+            let failed = |error| Error::io(&file.path, "reading", error);
+            let Some(direct) = file.direct().map_err(failed)? else {
+                return self.read_cached(window, &mut Vec::new());
+            };
             let (start, length) = (self.offset(window.first), self.length(window));
             let from = start / PAGE as u64 * PAGE as u64;
             let skipped = (start - from) as usize;
@@ -233,8 +274,10 @@ impl RowReader {
                     Ok(0) => return Err(cut(&file.path, start + length as u64)),
                     Ok(more) => read += more,
                     // Some file systems take the flag and refuse the read.
-                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => return self.read_cached(window),
-                    Err(error) => return Err(Error::io(&file.path, "reading", error)),
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                        return self.read_cached(window, &mut Vec::new());
+                    }
+                    Err(error) => return Err(failed(error)),
                 }
             }
             self.deal(window, &scratch[skipped..skipped + length]);
@@ -263,31 +306,54 @@ impl RowReader {
 }
 
 impl RowFile {
-    fn open(path: &Path, row_bytes: u64) -> Result<Self> {
+    fn open(path: &Path, row: RowType) -> Result<Self> {
         let failed = |action| move |error| Error::io(path, action, error);
-        let cached = File::open(path).map_err(failed("opening"))?;
+        let mut cached = File::open(path).map_err(failed("opening"))?;
         let size = cached.metadata().map_err(failed("reading"))?.len();
-        let rows = size.checked_sub(HEADER_BYTES as u64).filter(|bytes| bytes.is_multiple_of(row_bytes));
-        let rows = rows.ok_or_else(|| {
-            Error::shard(
-                path,
-                format!("{size} bytes are no whole number of rows of {row_bytes}; collect the unit again"),
-            )
-        })?;
-        // Windows are what is wanted; what lies behind them is not.
-        #[cfg(target_os = "linux")]
-        let _ = rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::Random);
-        Ok(Self {
-            path: path.to_path_buf(),
-            rows: rows / row_bytes,
-            cached,
-            direct: open_past_cache(path).map_err(failed("opening"))?,
-        })
+        let mut bytes = vec![0; HEADER_BYTES.min(size as usize)];
+        cached.read_exact(&mut bytes).map_err(failed("reading"))?;
+        let (header, about, _) = header::decode(path, &bytes)?;
+        let rows = header.info(TENSOR).filter(|info| info.dtype == row.dtype).and_then(|info| match info.shape[..] {
+            [rows, width] if width == row.width => Some(rows as u64),
+            _ => None,
+        });
+        let own = Unit::rows_name_of(&about);
+        let is_own = own.as_deref().is_some_and(|own| path.file_name().is_some_and(|name| name == own));
+        match rows.filter(|rows| is_own && size == HEADER_BYTES as u64 + rows * row.bytes() as u64) {
+            // Windows are what is wanted; what lies behind them is not.
+            #[cfg(target_os = "linux")]
+            Some(_) => drop(rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::Random)),
+            #[cfg(not(target_os = "linux"))]
+            Some(_) => {}
+            None => {
+                return Err(Error::cached(
+                    path,
+                    format!(
+                        "damaged or another's: {size} bytes, and by its header {} with {} rows of {} {} values",
+                        own.unwrap_or_else(|| "no file of a cache".to_owned()),
+                        rows.map_or_else(|| "no".to_owned(), |rows| rows.to_string()),
+                        row.width,
+                        row.name(),
+                    ),
+                ));
+            }
+        }
+        let rows = rows.expect("it was looked at");
+        Ok(Self { path: path.to_path_buf(), rows, cached, direct: OnceLock::new() })
+    }
+
+    /// The file for reading past the page cache, if that can be.
+    fn direct(&self) -> io::Result<Option<&File>> {
+        if self.direct.get().is_none() {
+            let opened = open_past_cache(&self.path)?;
+            return Ok(self.direct.get_or_init(|| opened).as_ref());
+        }
+        Ok(self.direct.get().and_then(Option::as_ref))
     }
 }
 
 fn cut(path: &Path, end: u64) -> Error {
-    Error::shard(path, format!("damaged: it ends before byte {end}; remove its index and collect the unit again"))
+    Error::cached(path, format!("damaged: it ends before byte {end}"))
 }
 
 fn read_exact(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<()> {
@@ -303,21 +369,34 @@ fn read_exact(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result
     Ok(())
 }
 
-/// Fill `bytes` from the page cache, or say that it lacks some of them.
+/// Read rows that lie side by side, each to its own place; says whether all of them came.
 #[cfg(target_os = "linux")]
-fn read_without_waiting(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
-    use rustix::io::{Errno, ReadWriteFlags, preadv2};
-
-    let wanted = bytes.len();
-    match preadv2(file, &mut [io::IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
+fn read_into_slots(file: &File, rows: &mut [(u64, Slot<'_>)], offset: u64) -> io::Result<bool> {
+    let wanted: usize = rows.iter().map(|(_, slot)| slot.len()).sum();
+    let mut slots: Vec<_> = rows.iter_mut().map(|(_, slot)| io::IoSliceMut::new(slot)).collect();
+    match rustix::io::preadv(file, &mut slots, offset) {
         Ok(read) => Ok(read == wanted),
-        // Not there, or a file system that cannot tell.
-        Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
+        // More rows than the system takes at once, or a signal.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::INTR) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-fn read_without_waiting(_file: &File, _bytes: &mut [u8], _offset: u64) -> io::Result<bool> {
+fn read_into_slots(_file: &File, _rows: &mut [(u64, Slot<'_>)], _offset: u64) -> io::Result<bool> {
     Ok(false)
+}
+
+/// Whether a byte can be read without waiting for the disk; where the file system cannot tell, it is taken to be so.
+#[cfg(target_os = "linux")]
+fn is_resident(file: &File, offset: u64) -> bool {
+    use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+    let mut byte = [0];
+    !matches!(preadv2(file, &mut [io::IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT), Err(Errno::AGAIN))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_resident(_file: &File, _offset: u64) -> bool {
+    true
 }
