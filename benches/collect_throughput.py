@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import corpus
 import measure
 from ao.cache import ActivationCache
-from ao.collect import Alike, CacheSink, context_units
+from ao.collect import UNIT_TOKENS, Alike, CacheSink, every_position
 from ao.models import arch as archs
 from ao.models.adapters import as_target
 from ao.models.load import DTYPES, freeze, fuse_norms
@@ -146,7 +146,7 @@ class Passes:
         writer_seconds = 0.0
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             started = time.perf_counter()
-            for number, unit in enumerate(context_units(contexts, layers=self.layers)):
+            for number, unit in enumerate(every_position(contexts, self.layers, unit_tokens=UNIT_TOKENS // 4)):
                 clock = time.perf_counter()
                 out = Path(folder)
                 sink = (
@@ -161,7 +161,7 @@ class Passes:
                     rows_KD = resid_KD.to(torch.bfloat16).contiguous()
                     clock = time.perf_counter()
                     if sink is not None:
-                        sink.append(layer, indices, norms_K, rows_KD)
+                        sink.append(layer, indices, norms_K.cpu(), rows_KD.cpu())
                     writer_seconds += time.perf_counter() - clock
                     if keep is not None:
                         keep.setdefault(layer, []).append((unit.keys()[indices], rows_KD.cpu()))

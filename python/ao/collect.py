@@ -44,7 +44,8 @@ from ao.shards import PackedDataset
 log = logging.getLogger(__name__)
 
 UNIT_TOKENS = 2**19
-"""Context tokens of a unit: what a kill loses at most, less than a minute of a large target on a GPU."""
+"""Context tokens of a unit: what a kill loses at most, less than a minute of a large target on a GPU. A quarter of
+it where every position is kept, so that a unit's index stays small."""
 PLAIN_UNIT_TOKENS = 2**14
 """The same of a plain file, which is put together in memory."""
 ALIKE = 0.9999
@@ -123,6 +124,8 @@ def units(
         packed = PackedDataset.open(recipe.data.out if data is None else data)
         packed.require(**fingerprints(model))
         packed.require_base()
+        if positions == "all":
+            unit_tokens //= 4
         return list(packed_units(packed, layers=chosen or None, positions=positions, unit_tokens=unit_tokens))
     target_framer = framer(name, revision)
     if texts is not None:
@@ -131,8 +134,7 @@ def units(
         turns = json.dumps([{"role": "user", "content": prompt}])
         contexts = [np.asarray(target_framer.context(turns).ids, dtype=np.int32)]
     depths = chosen or [resolve_layer(depth, num_layers(name, revision)) for depth in recipe.data.read_depths]
-    wanted = _at_layers(*_everywhere(contexts), np.asarray(sorted(set(depths))))
-    return list(units_of(contexts, wanted, unit_tokens=unit_tokens))
+    return list(every_position(contexts, sorted(set(depths)), unit_tokens=unit_tokens // 4))
 
 
 def units_of(contexts: Sequence[np.ndarray], wanted: Wanted, *, unit_tokens: int) -> Iterator[Unit]:
@@ -161,6 +163,11 @@ def packed_units(
         if everywhere or layers is not None:
             wanted = _at_layers(*(_everywhere(contexts) if everywhere else (which, read)), np.asarray(chosen))
         yield from units_of(contexts, wanted, unit_tokens=unit_tokens)
+
+
+def every_position(contexts: Sequence[np.ndarray], layers: Sequence[int], *, unit_tokens: int) -> Iterator[Unit]:
+    """Every position of some contexts."""
+    return units_of(contexts, _at_layers(*_everywhere(contexts), np.asarray(layers)), unit_tokens=unit_tokens)
 
 
 def _everywhere(contexts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -287,9 +294,9 @@ def collect(
                         ):
                             norms_K = resid_KD.float().norm(dim=1)
                             alike.setdefault(layer, Alike()).see(resid_KD, norms_K)
-                            norms_K, rows_KD = norms_K.cpu(), _cast(resid_KD, dtype, layer).cpu()
+                            rows_KD = _cast(resid_KD, dtype, layer)
                             clock = time.perf_counter()
-                            sink.append(layer, indices, norms_K, rows_KD)
+                            sink.append(layer, indices, norms_K.cpu(), rows_KD.cpu())
                             counts["writer_seconds"] += time.perf_counter() - clock
                             counts["rows"] += len(indices)
                         clock = time.perf_counter()
