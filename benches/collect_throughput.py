@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import corpus
 import measure
 from ao.cache import ActivationCache
-from ao.collect import UNIT_TOKENS, Alike, CacheSink, every_position
+from ao.collect import UNIT_TOKENS, Alike, CacheSink, every_position, remaining
 from ao.models import arch as archs
 from ao.models.adapters import as_target
 from ao.models.load import DTYPES, freeze, fuse_norms
@@ -144,9 +144,10 @@ class Passes:
         self.gigabytes = self.tokens * len(self.layers) * self.arch.d_model * 2 / 1e9
         alike = {layer: Alike() for layer in self.layers}
         writer_seconds = 0.0
+        units = remaining(list(every_position(contexts, self.layers, unit_tokens=UNIT_TOKENS // 4)), None)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             started = time.perf_counter()
-            for number, unit in enumerate(every_position(contexts, self.layers, unit_tokens=UNIT_TOKENS // 4)):
+            for number, unit in enumerate(units):
                 clock = time.perf_counter()
                 out = Path(folder)
                 sink = (
