@@ -146,7 +146,7 @@ def context_prediction(source: dict[str, Any], tables: list[Table], seed: int) -
 def classification(source: dict[str, Any], tables: list[Table], seed: int) -> list[Example]:
     """Each labelled text with some of the questions: about a label, right or wrong, or for the label."""
     texts = labelled_texts(source, tables, seed)
-    left_out = {label for label, wordings in source["labels"].items() if not wordings}
+    left_out = {label for label, phrasings in source["labels"].items() if not phrasings}
     labels = sorted({label for _, _, label, _ in texts} - left_out)
     known: dict[tuple[str, str, tuple[str, ...]], set[str]] = {}
     for table, _, row in numbered(tables):

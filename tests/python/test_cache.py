@@ -570,7 +570,7 @@ def test_a_full_disk_keeps_finished_units(tmp_path: Path, undisturbed: tuple[dic
     assert "No space left on device" in error
     assert "free some space" in error
     assert (kept / "done").read_text().split() == ["0", "1", "2"]
-    assert (kept / "names").read_text().split() == [name for name in sorted(expected) if name < "run-00003"]
+    assert set((kept / "names").read_text().split()) == {name for name in expected if name < "run-00003"}
     assert done.returncode == 0, done.stderr
     assert files(kept / "disk") == expected
 
