@@ -19,7 +19,9 @@ use crate::manifest::{canonical_json, sync_folder, torn, write_atomic};
 /// What the buffers of all layers may take together.
 const MEMORY_BYTES: usize = 48 << 20;
 /// Largest and smallest buffer.
-const BUFFER_BYTES: (usize, usize) = (4 << 20, 64 << 10);
+const BUFFER_BYTES: (usize, usize) = (2 << 20, 64 << 10);
+/// What is copied and hashed at once: it is still in the processor's cache when it is hashed.
+const PIECE_BYTES: usize = 32 << 10;
 /// Buffers beside those that layers are filling: what is being written, and what comes next.
 const SPARE_BUFFERS: usize = 2;
 
@@ -212,10 +214,9 @@ impl Stream {
                 None => disk.buffer()?,
             };
             // Up to the end of the buffer or of the block under one checksum, whichever comes first.
-            let taken = bytes.len().min(buffer.len() - self.filled).min(BLOCK_BYTES - self.in_block);
+            let taken = PIECE_BYTES.min(bytes.len()).min(buffer.len() - self.filled).min(BLOCK_BYTES - self.in_block);
             let (now, later) = bytes.split_at(taken);
             buffer[self.filled..self.filled + taken].copy_from_slice(now);
-            // From the buffer, which is in the processor's cache.
             self.block.update(&buffer[self.filled..self.filled + taken]);
             self.filled += taken;
             self.in_block += taken;
