@@ -48,7 +48,8 @@ class Ranks:
 def ranks(device: torch.device) -> Iterator[Ranks]:
     """Join the other processes that torchrun or `launch` started, and leave them at the end.
 
-    Each CPU rank takes its share of the cores, as ranks of many threads get in each other's way.
+    Each CPU rank takes no more than its share of the cores, as ranks of many threads get in each other's way, and no more
+    threads than torch was set to before.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -59,7 +60,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // world)))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=dist.get_rank(), world=world, device=device)
@@ -85,7 +86,11 @@ def launch(function: Callable[..., Result], *args: object, processes: int) -> Re
     # The store is ours, so that no port has to be guessed; ranks find it as they find torchrun's.
     store = dist.TCPStore("127.0.0.1", 0, processes, is_master=True, wait_for_workers=False)
     others: Any = start_processes(
-        _worker, (function, args, store.port, processes), nprocs=processes - 1, join=False, start_method="spawn"
+        _worker,
+        (function, args, store.port, processes, torch.get_num_threads()),
+        nprocs=processes - 1,
+        join=False,
+        start_method="spawn",
     )
     try:
         with _environment(0, processes, store.port):
@@ -113,7 +118,10 @@ def _lost(reason: ProcessException, processes: int) -> str:
     return f"rank {reason.error_index + 1} of {processes} failed: {reason}"
 
 
-def _worker(index: int, function: Callable[..., object], args: tuple[object, ...], port: int, world: int) -> None:
+def _worker(
+    index: int, function: Callable[..., object], args: tuple[object, ...], port: int, world: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
     with _environment(index + 1, world, port):
         function(*args)
 

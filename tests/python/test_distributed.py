@@ -37,6 +37,26 @@ def test_ranks_add_up_and_leave_nothing_behind():
     assert active_children() == []
 
 
+def threads_of_all(num_cores: int) -> list[float]:
+    """Threads of rank 0 and rank 1, on a machine of so many cores."""
+    os.cpu_count = lambda: num_cores
+    with ranks(torch.device("cpu")) as here:
+        return here.sum_(torch.tensor([float(torch.get_num_threads())] * 2) * torch.eye(2)[here.rank]).tolist()
+
+
+def test_ranks_take_no_more_threads_than_they_were_given(monkeypatch):
+    """A tiny model on many cores is slowed down by threads: the caller's word reaches every rank."""
+    monkeypatch.setattr(os, "cpu_count", os.cpu_count)  # put back afterwards
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert launch(threads_of_all, 16, processes=2) == [1.0, 1.0]
+        torch.set_num_threads(3)
+        assert launch(threads_of_all, 16, processes=2) == [3.0, 3.0]
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("failing", [1, 2], ids=["in the middle", "at the end"])
 def test_a_lost_rank_is_an_error_with_its_reason(failing):
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed(.|\n)*this rank has had enough"):
