@@ -341,8 +341,6 @@ class CacheSink(Sink):
     def __init__(
         self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
     ) -> None:
-        # A unit that is written anew must not be found while its files change.
-        (out / f"{run}-{number:05d}{INDEX.removeprefix('*')}").unlink(missing_ok=True)
         self._keys = unit.keys()
         self._writer = ActivationWriter(
             out,
@@ -453,11 +451,11 @@ def _plain_done(out: Path, run: str) -> set[int]:
 def _is_there(out: Path, run: str, number: int, unit: Unit) -> bool:
     """Whether a run's unit is whole: its index, its files, and in it all that it is to hold."""
     try:
-        cache = ActivationCache.open(out, run=run, unit=number)
+        cache, keys = ActivationCache.open(out, run=run, unit=number), unit.keys()
         for layer in np.unique(unit.wanted.layers).tolist():
             cached = cache.layer(layer)
             cached.require_files()
-            if (cached.find(unit.keys()[unit.wanted.layers == layer]) < 0).any():
+            if (cached.find(keys[unit.wanted.layers == layer]) < 0).any():
                 return False
     except (FileNotFoundError, ValueError):
         return False

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import xxhash
 
+import small_disk
 from ao import _ao
 from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, norm_statistics, verify
 from ao.manifest import canonical_json
@@ -554,18 +555,7 @@ def test_a_full_disk_keeps_finished_units(tmp_path: Path, undisturbed: tuple[dic
         {shlex.join(child(disk, first=3))} || exit 1
         cp -r {disk} {kept}/disk
     """
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        pytest.skip("no `unshare` to mount a small disk with")
-    done = subprocess.run(
-        [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", script],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode == 77 or not (kept / "names").exists():
-        pytest.skip(f"this machine lets nobody mount a small disk: {done.stderr.strip()}")
+    done = small_disk.run(script, proof=kept / "names")
     error = (kept / "err").read_text()
     assert "No space left on device" in error
     assert "free some space" in error

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import small_disk
 from ao.config import load_recipe, parse_recipe
 from ao.pack import pack
 from ao.sources import files as readers
@@ -54,20 +55,7 @@ def test_a_full_disk_keeps_what_is_finished(mixture: Mixture, tmp_path: Path) ->
         {then} || exit 1
         cp -r {disk}/packed {kept}/packed
     """
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        pytest.skip("no `unshare` to mount a small disk with")
-    done = subprocess.run(
-        [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", script],
-        cwd=mixture.folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode == 77 or not (kept / "code").exists():
-        pytest.skip(f"this machine lets nobody mount a small disk: {done.stderr.strip()}")
+    done = small_disk.run(script, proof=kept / "code", cwd=mixture.folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
     error = (kept / "first.err").read_text()
     assert (kept / "code").read_text().strip() == "3", error
     assert "No space left on device" in error

@@ -20,7 +20,7 @@ use crate::manifest::{each_block, hex};
 use crate::shard::{DIGEST_KEY, METADATA_KEY, SCHEMA, digest_of};
 
 /// The same limit as the safetensors format has.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The arrays of a shard and their types.
 const ARRAYS: [(&str, Dtype); 21] = [

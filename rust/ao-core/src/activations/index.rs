@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{BLOCK_BYTES, HEADER_BYTES, INDEX_SUFFIX, RowType, SCHEMA, TENSOR, header};
 use crate::error::{Error, Result};
-use crate::layout::{ArrayLayout, arrays};
+use crate::layout::{ArrayLayout, MAX_HEADER_BYTES, arrays};
 use crate::manifest::canonical_json;
 use crate::shard::METADATA_KEY;
 
@@ -80,8 +80,6 @@ const COLUMNS: [(&str, Dtype); 5] = [
     ("norms", Dtype::F32),
     ("blocks", Dtype::U64),
 ];
-/// The same limit as the safetensors format has.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 fn item_bytes(dtype: Dtype) -> usize {
     if dtype == Dtype::U64 { 8 } else { 4 }
