@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -78,12 +79,17 @@ def pack(
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
     found = _sources(recipe.data, root)
     stamps = _stamps(found, root)
-    settings, oracle_framer = _settings(recipe.model, recipe.data)
+    partial, surveyed = _partial(out), None
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_settings, recipe.model, recipe.data)
+        if not out.exists() and not partial.exists():
+            # Nothing that stands there can end the build, so the rows are surveyed while the tokenizer loads.
+            surveyed = _surveyed(found, recipe.data.seed, root, progress=progress)
+        settings, oracle_framer = loading.result()
     settings = build_settings(**settings, inputs=_inputs(found, root))
     manifest = _require_free(out, settings)
     if resume and manifest is not None and _is_whole(out, manifest, settings):
         return _summary(manifest, out, oracle_framer, way="was there", seconds=time.perf_counter() - started)
-    partial = _partial(out)
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     is_new, writer = not partial.exists(), None
@@ -93,7 +99,7 @@ def pack(
         writer = PackWriter(
             str(partial), oracle_framer, canonical_json(settings), part=part, resume=resume, max_errors=max_errors
         )
-        native, total = _surveyed(found, recipe.data.seed, root, progress=progress)
+        native, total = surveyed or _surveyed(found, recipe.data.seed, root, progress=progress)
         packing = time.perf_counter()
         with _bar("pack", " examples", total, show=progress) as bar:
             for source, rows in _all_rows(found, native, recipe.data.seed, root):

@@ -7,6 +7,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
+use ao_core::datapoint::Datapoint;
 use ao_core::folder::{Part, merge};
 use ao_core::frame::Framer;
 use ao_core::layout::{decode, metadata};
@@ -80,7 +81,11 @@ fn other_answer(file: &Path) {
     let header: Value = serde_json::from_str(&metadata(file).unwrap()).unwrap();
     let fields = ["build", "shard", "stats", "fingerprints"].map(|name| (name.to_owned(), header[name].clone()));
     let header = Value::Object(fields.into_iter().collect());
-    std::fs::write(file, encode(&datapoints, &mut Stats::default(), |_| header).unwrap()).unwrap();
+    std::fs::write(
+        file,
+        encode(&datapoints.iter().map(Datapoint::row).collect(), &mut Stats::default(), |_| header).unwrap(),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -336,7 +341,7 @@ fn packed(
     source: &Arc<Source>,
     described: &Value,
     rows: &[Value],
-) -> Vec<ao_core::datapoint::Datapoint> {
+) -> Vec<Datapoint> {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = common::writer(framer, folder.path(), settings).unwrap();
     let lines: Vec<String> = rows.iter().map(Value::to_string).collect();

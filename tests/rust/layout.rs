@@ -8,6 +8,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
+use ao_core::columns::Columns;
 use ao_core::datapoint::{ContextIds, Datapoint};
 use ao_core::layout::{decode, layout, metadata, verify};
 use ao_core::manifest::{sha256_hex, write_atomic};
@@ -46,6 +47,10 @@ fn datapoints() -> impl Strategy<Value = Vec<Datapoint>> {
     })
 }
 
+fn columns(datapoints: &[Datapoint]) -> Columns {
+    datapoints.iter().map(Datapoint::row).collect()
+}
+
 fn in_folder(work: impl FnOnce(&Path)) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     work(folder.path());
@@ -58,7 +63,7 @@ proptest! {
     fn what_is_written_is_read_back(datapoints in datapoints()) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shard-00000.safetensors");
-        let bytes = shard::encode(&datapoints, &mut Stats::default(), |stats| json!({"stats": stats})).unwrap();
+        let bytes = shard::encode(&columns(&datapoints), &mut Stats::default(), |stats| json!({"stats": stats})).unwrap();
         write_atomic(&path, &bytes).unwrap();
         prop_assert_eq!(decode(&path).unwrap(), datapoints.clone());
         // Distinct contexts that begin no other, by comparing all pairs.
@@ -78,7 +83,7 @@ proptest! {
     fn damage_never_panics(datapoints in datapoints(), at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shard-00000.safetensors");
-        let mut bytes = shard::encode(&datapoints, &mut Stats::default(), |_| json!({})).unwrap();
+        let mut bytes = shard::encode(&columns(&datapoints), &mut Stats::default(), |_| json!({})).unwrap();
         let at = at.index(bytes.len());
         if cut { bytes.truncate(at) } else { bytes[at] = to }
         std::fs::write(&path, &bytes).unwrap();
@@ -97,7 +102,8 @@ struct Broken {
 impl Broken {
     fn new() -> Self {
         let datapoints: Vec<_> = (0..3).map(|at| datapoint(at, &[1, 2, at as i32], 5, 2, at)).collect();
-        let bytes = shard::encode(&datapoints, &mut Stats::default(), |_| json!({})).expect("it can be written");
+        let bytes =
+            shard::encode(&columns(&datapoints), &mut Stats::default(), |_| json!({})).expect("it can be written");
         let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
         let header = serde_json::from_slice(&bytes[8..8 + length]).expect("a header is JSON");
         Self { header, data: bytes[8 + length..].to_vec() }
@@ -200,7 +206,7 @@ fn too_many_sources_are_refused() {
     let from = |number: usize| Datapoint { source: Arc::from(number.to_string()), ..datapoint(number, &[1], 2, 1, 0) };
     let encoded = |count: usize| {
         let datapoints: Vec<Datapoint> = (0..count).map(from).collect();
-        shard::encode(&datapoints, &mut Stats::default(), |_| json!({}))
+        shard::encode(&columns(&datapoints), &mut Stats::default(), |_| json!({}))
     };
     encoded(256).unwrap();
     let error = encoded(257).unwrap_err().to_string();

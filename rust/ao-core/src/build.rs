@@ -6,10 +6,12 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
-use crate::datapoint::{Common, Datapoint, Outcome, Question, UNANSWERABLE, datapoints, read_positions};
+use crate::columns::Columns;
+use crate::datapoint::{Common, Outcome, Question, UNANSWERABLE, datapoints, read_positions};
 use crate::error::{Error, Result};
 use crate::frame::{FramedContext, Framer};
 use crate::lens;
+use crate::memo::Prompts;
 use crate::sample::Draws;
 use crate::source::{About, Asked, Body, Posed, Source, Unit};
 use crate::stats::Stats;
@@ -17,52 +19,62 @@ use crate::stats::Stats;
 /// How often another context is drawn for an unanswerable example before it stays as it is.
 const DONOR_DRAWS: usize = 8;
 
-/// What becomes of the examples of one shard's units: by runs of units with one context, in order.
-pub(crate) type Outcomes = Vec<Vec<Outcome>>;
+/// How many runs of units with one context a block is made of: enough to share its buffers, few enough to balance threads.
+const RUNS_PER_BLOCK: usize = 64;
 
-/// Build all examples of `units`, which are those of one shard, on all threads.
-pub(crate) fn build(framer: &Framer, common: &Common, units: &[Unit]) -> Outcomes {
-    let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
-    let donors = Donors::of(units);
-    runs.par_iter().map(|run| Run { framer, common, donors: &donors }.outcomes(run)).collect()
+/// What was built of consecutive units.
+#[derive(Default)]
+pub(crate) struct Block {
+    pub(crate) columns: Columns,
+    pub(crate) stats: Stats,
+    /// Of the examples that cannot be used, in order.
+    pub(crate) errors: Vec<Error>,
 }
 
-/// The errors among outcomes.
-pub(crate) fn errors(outcomes: &Outcomes) -> impl Iterator<Item = &Error> {
-    outcomes.iter().flatten().filter_map(|outcome| match outcome {
-        Outcome::Bad(error) => Some(error),
-        _ => None,
-    })
-}
-
-/// The datapoints of a shard, and its counts.
-pub(crate) fn gather(units: &[Unit], outcomes: Outcomes) -> (Vec<Datapoint>, Stats) {
-    let mut kept = Vec::with_capacity(outcomes.iter().map(Vec::len).sum());
-    let mut stats = Stats::default();
-    let mut outcomes = outcomes.into_iter().flatten();
-    for units in units.chunk_by(|one, next| Arc::ptr_eq(&one.source, &next.source)) {
-        let source = &units[0].source;
-        let num_examples = units.iter().map(|unit| unit.examples.len()).sum();
-        for outcome in outcomes.by_ref().take(num_examples) {
-            // Records may say another source than their file's; readers know them by it.
-            let own = match &outcome {
-                Outcome::Kept(example) => example.datapoints.first().map(|datapoint| &datapoint.source),
-                Outcome::Dropped(_) | Outcome::Bad(_) => None,
-            };
-            let counts = stats.source(own.unwrap_or(&source.name));
-            counts.offered += 1;
-            match outcome {
-                Outcome::Kept(example) => {
-                    counts.keep(&example, source.counts_answers());
-                    kept.extend(example.datapoints);
-                }
-                Outcome::Dropped(reason) => counts.drop_one(reason),
-                Outcome::Bad(error) => counts.pass_over(error.reason()),
+impl Block {
+    fn add(&mut self, source: &Source, outcome: Result<Outcome>) {
+        // Records may say another source than their file's; readers know them by it.
+        let name = match &outcome {
+            Ok(Outcome::Kept(kept)) => &kept.question.source,
+            _ => &source.name,
+        };
+        let counts = self.stats.source(name);
+        counts.offered += 1;
+        match outcome {
+            Ok(Outcome::Kept(kept)) => {
+                counts.keep(&kept, source.counts_answers());
+                kept.push_to(&mut self.columns);
+            }
+            Ok(Outcome::Dropped(reason)) => counts.drop_one(reason),
+            Err(error) => {
+                counts.pass_over(error.reason());
+                self.errors.push(error);
             }
         }
     }
-    stats.measure(&kept);
-    (kept, stats)
+}
+
+/// Build all examples of `units`, which are those of one shard, on all threads, in order.
+pub(crate) fn build(framer: &Framer, prompts: &Prompts, common: &Common, units: &[Unit]) -> Vec<Block> {
+    let runs: Vec<&[Unit]> = units.chunk_by(same_context).collect();
+    let donors = Donors::of(units);
+    let building = Building { framer, prompts, common, donors: &donors };
+    runs.par_chunks(RUNS_PER_BLOCK)
+        .map(|runs| {
+            let mut block = Block::default();
+            runs.iter().for_each(|run| building.run(run, &mut block));
+            block
+        })
+        .collect()
+}
+
+/// The datapoints of a shard, and its counts.
+pub(crate) fn gather(blocks: &[Block]) -> (Columns, Stats) {
+    let columns = Columns::joined(blocks.iter().map(|block| &block.columns));
+    let mut stats = Stats::default();
+    blocks.iter().for_each(|block| stats.add(&block.stats));
+    stats.measure(&columns);
+    (columns, stats)
 }
 
 /// Whether two units of one source stand side by side with the same context, which is then tokenized once.
@@ -75,35 +87,32 @@ fn same_context(one: &Unit, next: &Unit) -> bool {
     }
 }
 
-/// What building a run of units needs: the framer, the settings, and the contexts of the shard's other units.
-struct Run<'a> {
+/// What building units needs: the framer, the settings, and the contexts of the shard's other units.
+struct Building<'a> {
     framer: &'a Framer,
+    prompts: &'a Prompts,
     common: &'a Common,
     donors: &'a Donors<'a>,
 }
 
-impl Run<'_> {
-    /// What becomes of each example of `run`, whose units have the same context.
-    fn outcomes(&self, run: &[Unit]) -> Vec<Outcome> {
+impl Building<'_> {
+    /// Build each example of `run`, whose units have the same context.
+    fn run(&self, run: &[Unit], block: &mut Block) {
         let mut framed: Option<Result<Framed>> = None;
-        let mut outcomes = Vec::new();
         for unit in run {
-            match &unit.body {
-                Body::Dropped(reason) => outcomes.extend(unit.examples.iter().map(|_| Outcome::Dropped(reason))),
-                Body::Bad(error) => outcomes.extend(unit.examples.iter().map(|_| Outcome::Bad(error.again()))),
-                Body::Context(asked) => {
-                    let framed = framed.get_or_insert_with(|| Framed::new(self.framer, asked));
-                    for &at in &unit.examples {
-                        let outcome = match framed {
-                            Ok(framed) => self.outcome(framed, unit, asked, at),
-                            Err(error) => Err(error.again()),
-                        };
-                        outcomes.push(outcome.unwrap_or_else(|error| Outcome::Bad(unit.error(at, error))));
+            for &at in &unit.examples {
+                let outcome = match &unit.body {
+                    Body::Dropped(reason) => Ok(Outcome::Dropped(reason)),
+                    Body::Bad(error) => Err(error.again()),
+                    Body::Context(asked) => match framed.get_or_insert_with(|| Framed::new(self.framer, asked)) {
+                        Ok(framed) => self.outcome(framed, unit, asked, at),
+                        Err(error) => Err(error.again()),
                     }
-                }
+                    .map_err(|error| unit.error(at, error)),
+                };
+                block.add(&unit.source, outcome);
             }
         }
-        outcomes
     }
 
     fn outcome(&self, framed: &Framed, unit: &Unit, asked: &Asked, at: u32) -> Result<Outcome> {
@@ -161,7 +170,7 @@ impl Run<'_> {
 
     fn datapoints(&self, framed: &Framed, unit: &Unit, positions: Vec<i32>, question: Question) -> Result<Outcome> {
         let layers = unit.source.layers_per_example.unwrap_or(self.common.layers_per_example);
-        datapoints(self.framer, self.common, layers, &framed.ids, positions, question)
+        datapoints(self.framer, self.prompts, self.common, layers, &framed.ids, positions, question)
     }
 
     /// Another unit's context for an example that is to be unanswerable.

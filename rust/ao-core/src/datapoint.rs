@@ -5,14 +5,16 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::columns::{Columns, Row};
 use crate::error::{Error, Result};
 use crate::example::{Kind, Layer, Positions};
 use crate::frame::Framer;
-use crate::manifest::canonical_json;
+use crate::manifest::canonical_object;
+use crate::memo::{Prompt, Prompts};
 use crate::sample::Draws;
 use crate::source::strip;
 
-/// One unit of training: an oracle prompt with its answer, and where its placeholders get their vectors.
+/// A datapoint as [`crate::layout::decode`] reads it back; [`Row`] is what is written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Datapoint {
     /// The example's id, with `@L` and the layer behind it where an example makes one datapoint per layer.
@@ -39,6 +41,28 @@ pub struct Datapoint {
     pub answer: Arc<str>,
     /// The example's own `meta`, as canonical JSON.
     pub meta: Arc<str>,
+}
+
+impl Datapoint {
+    /// The same, to be written again.
+    #[must_use]
+    pub fn row(&self) -> Row<'_> {
+        let (prompt_ids, answer_ids) = self.input_ids.split_at(self.answer_start as usize);
+        Row {
+            id: &self.id,
+            source: &self.source,
+            prompt_ids,
+            answer_ids,
+            placeholders: &self.placeholders,
+            layers: &self.layers,
+            read_positions: &self.read_positions,
+            context_ids: &self.context_ids,
+            kind: self.kind,
+            question: &self.question,
+            answer: &self.answer,
+            meta: &self.meta,
+        }
+    }
 }
 
 /// How the layers of an example become datapoints.
@@ -79,26 +103,64 @@ pub struct Share {
     pub positions: Positions,
 }
 
-/// What an example that is kept makes.
-#[derive(Debug)]
-pub struct Kept {
-    /// Its datapoints.
-    pub datapoints: Vec<Datapoint>,
+/// What an example that is kept makes: one datapoint for each prompt.
+pub(crate) struct Kept {
+    pub(crate) question: Question,
+    pub(crate) answer_ids: Vec<i32>,
+    pub(crate) read_positions: Vec<i32>,
+    pub(crate) context_ids: ContextIds,
+    /// With the layers of each.
+    pub(crate) prompts: Vec<(Vec<usize>, Arc<Prompt>)>,
+    /// Whether ids name the layer, as an example makes a datapoint for each.
+    pub(crate) is_one_per_layer: bool,
+    /// Whether it was to be unanswerable, but no other context was found for it.
+    pub(crate) lacks_donor: bool,
+}
+
+impl Kept {
     /// Whether its `meta` says that the context does not tell the answer.
-    pub is_unanswerable: bool,
-    /// Whether it was to be so, but no other context was found for it.
-    pub lacks_donor: bool,
+    pub(crate) fn is_unanswerable(&self) -> bool {
+        self.question.meta.get(UNANSWERABLE) == Some(&Value::Bool(true))
+    }
+
+    /// Add the datapoints to `columns`.
+    pub(crate) fn push_to(&self, columns: &mut Columns) {
+        let Question { id, source, text, answer, target, meta, .. } = &self.question;
+        let meta = canonical_object(meta);
+        let mut own_id = String::new();
+        for (layers, prompt) in &self.prompts {
+            own_id.clear();
+            own_id.push_str(id);
+            if self.is_one_per_layer {
+                own_id.push_str(&format!("@L{}", layers[0]));
+            }
+            let each = self.read_positions.len();
+            let own_layers: Vec<i16> =
+                layers.iter().flat_map(|&layer| std::iter::repeat_n(layer as i16, each)).collect();
+            columns.push(&Row {
+                id: &own_id,
+                source,
+                prompt_ids: &prompt.ids,
+                answer_ids: &self.answer_ids,
+                placeholders: &prompt.placeholders,
+                layers: &own_layers,
+                read_positions: &self.read_positions.repeat(layers.len()),
+                context_ids: &self.context_ids,
+                kind: target.code(),
+                question: text,
+                answer,
+                meta: &meta,
+            });
+        }
+    }
 }
 
 /// What became of an example.
-#[derive(Debug)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// What was made of it.
-    Kept(Kept),
+    Kept(Box<Kept>),
     /// Left out, for this reason.
     Dropped(&'static str),
-    /// It cannot be used.
-    Bad(Error),
 }
 
 /// What is asked about a context.
@@ -123,6 +185,7 @@ pub(crate) const UNANSWERABLE: &str = "unanswerable";
 /// If the question cannot be used. Being too long is no error but a drop.
 pub(crate) fn datapoints(
     framer: &Framer,
+    prompts: &Prompts,
     common: &Common,
     layers_per_example: LayersPerExample,
     context: &Arc<[i32]>,
@@ -138,28 +201,25 @@ pub(crate) fn datapoints(
     }
     let layers = layers_of(common, layers_per_example, &question)?;
     let answer_ids = framer.answer(&question.answer)?;
-    let is_unanswerable = question.meta.get(UNANSWERABLE) == Some(&Value::Bool(true));
-    let shared = Shared {
-        source: question.source,
-        context_ids: ContextIds::new(Arc::clone(context), length),
-        question: Arc::from(question.text),
-        answer: Arc::from(question.answer),
-        meta: Arc::from(canonical_json(&Value::Object(question.meta))),
-        read_positions,
-        kind: question.target.code(),
-        answer_ids,
-    };
-    let each = layers_per_example == LayersPerExample::Each;
-    let mut kept = Kept { datapoints: Vec::with_capacity(layers.len()), is_unanswerable, lacks_donor: false };
-    for layers in layers {
-        let id = if each { format!("{}@L{}", question.id, layers[0]) } else { question.id.clone() };
-        let datapoint = shared.datapoint(framer, id, &layers)?;
-        if datapoint.input_ids.len() > common.max_input_tokens {
-            return Ok(Outcome::Dropped("input_too_long"));
-        }
-        kept.datapoints.push(datapoint);
+    let prompts: Vec<_> = layers
+        .into_iter()
+        .map(|layers| {
+            let prompt = prompts.get(framer, &layers, read_positions.len(), &question.text)?;
+            Ok((layers, prompt))
+        })
+        .collect::<Result<_>>()?;
+    if prompts.iter().any(|(_, prompt)| prompt.ids.len() + answer_ids.len() > common.max_input_tokens) {
+        return Ok(Outcome::Dropped("input_too_long"));
     }
-    Ok(Outcome::Kept(kept))
+    Ok(Outcome::Kept(Box::new(Kept {
+        context_ids: ContextIds::new(Arc::clone(context), length),
+        question,
+        answer_ids,
+        read_positions,
+        prompts,
+        is_one_per_layer: layers_per_example == LayersPerExample::Each,
+        lacks_donor: false,
+    })))
 }
 
 /// The first tokens of a context, which datapoints that read it hold in common.
@@ -179,9 +239,9 @@ impl ContextIds {
         Self { whole, shown }
     }
 
-    /// Where the tokens lie: the same for all that hold them in common.
-    pub(crate) fn place(&self) -> *const i32 {
-        self.whole.as_ptr()
+    /// All tokens that are held in common.
+    pub(crate) fn whole(&self) -> &Arc<[i32]> {
+        &self.whole
     }
 }
 
@@ -202,40 +262,6 @@ impl std::ops::Deref for ContextIds {
 impl PartialEq for ContextIds {
     fn eq(&self, other: &Self) -> bool {
         **self == **other
-    }
-}
-
-/// What the datapoints of one example have in common.
-struct Shared {
-    source: Arc<str>,
-    context_ids: ContextIds,
-    question: Arc<str>,
-    answer: Arc<str>,
-    meta: Arc<str>,
-    read_positions: Vec<i32>,
-    kind: u8,
-    answer_ids: Vec<i32>,
-}
-
-impl Shared {
-    fn datapoint(&self, framer: &Framer, id: String, layers: &[usize]) -> Result<Datapoint> {
-        let num_positions = self.read_positions.len();
-        let prompt = framer.prompt(layers, num_positions, &self.question)?;
-        let answer_start = prompt.ids.len() as i32;
-        Ok(Datapoint {
-            id,
-            source: Arc::clone(&self.source),
-            input_ids: [prompt.ids, self.answer_ids.clone()].concat(),
-            answer_start,
-            placeholders: prompt.placeholders,
-            layers: layers.iter().flat_map(|&layer| std::iter::repeat_n(layer as i16, num_positions)).collect(),
-            read_positions: self.read_positions.repeat(layers.len()),
-            context_ids: self.context_ids.clone(),
-            kind: self.kind,
-            question: Arc::clone(&self.question),
-            answer: Arc::clone(&self.answer),
-            meta: Arc::clone(&self.meta),
-        })
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -19,22 +19,31 @@ pub fn canonical_json(value: &Value) -> String {
     out
 }
 
+/// The same of an object's fields.
+pub(crate) fn canonical_object(fields: &Map<String, Value>) -> String {
+    let mut out = String::new();
+    write_object(fields, &mut out);
+    out
+}
+
+fn write_object(fields: &Map<String, Value>, out: &mut String) {
+    let mut entries: Vec<_> = fields.iter().collect();
+    entries.sort_by_key(|(key, _)| key.as_str());
+    out.push('{');
+    for (at, (key, entry)) in entries.into_iter().enumerate() {
+        if at > 0 {
+            out.push(',');
+        }
+        out.push_str(&Value::from(key.as_str()).to_string());
+        out.push(':');
+        write_canonical(entry, out);
+    }
+    out.push('}');
+}
+
 fn write_canonical(value: &Value, out: &mut String) {
     match value {
-        Value::Object(map) => {
-            let mut entries: Vec<_> = map.iter().collect();
-            entries.sort_by_key(|(key, _)| key.as_str());
-            out.push('{');
-            for (at, (key, entry)) in entries.into_iter().enumerate() {
-                if at > 0 {
-                    out.push(',');
-                }
-                out.push_str(&Value::from(key.as_str()).to_string());
-                out.push(':');
-                write_canonical(entry, out);
-            }
-            out.push('}');
-        }
+        Value::Object(fields) => write_object(fields, out),
         Value::Array(items) => {
             out.push('[');
             for (at, item) in items.iter().enumerate() {

@@ -13,12 +13,13 @@ use std::thread::JoinHandle;
 use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::build::{Outcomes, build, errors, gather};
+use crate::build::{Block, build, gather};
 use crate::datapoint::Common;
 use crate::error::{Error, Result};
 use crate::folder::{BuildFolder, Identity, Part, ShardEntry, shard_name};
 use crate::frame::Framer;
 use crate::manifest::{sha256_hex, write_atomic};
+use crate::memo::Prompts;
 use crate::rows::Table;
 use crate::settings::PackSettings;
 use crate::shard;
@@ -50,6 +51,7 @@ pub struct PackWriter {
     done: BTreeMap<usize, ShardEntry>,
     seen: HashSet<u128>,
     heads: Heads,
+    prompts: Prompts,
     progress: Progress,
     num_errors: usize,
     pending: Vec<Unit>,
@@ -100,6 +102,7 @@ impl PackWriter {
             done,
             seen: HashSet::new(),
             heads: Heads::default(),
+            prompts: Prompts::new(),
             progress: Progress::default(),
             num_errors,
             pending: Vec::new(),
@@ -178,14 +181,14 @@ impl PackWriter {
         if !self.is_wanted(number) {
             return Ok(());
         }
-        let outcomes = build(framer, &self.common, &units);
+        let blocks = build(framer, &self.prompts, &self.common, &units);
         self.flush()?;
-        if let Some(wrong) = errors(&outcomes).find(|error| error.is_of_settings()) {
+        let errors = || blocks.iter().flat_map(|block| &block.errors);
+        if let Some(wrong) = errors().find(|error| error.is_of_settings()) {
             return Err(wrong.again());
         }
-        let mut errors = errors(&outcomes).peekable();
-        let first = errors.peek().map(|error| error.again());
-        for error in errors {
+        let first = errors().next().map(Error::again);
+        for error in errors() {
             self.num_errors += 1;
             if self.progress.messages.len() < MESSAGES {
                 self.progress.messages.push(error.to_string());
@@ -197,7 +200,7 @@ impl PackWriter {
             return Err(self.too_many_errors(first));
         }
         let (identity, path) = (self.folder.identity.clone(), self.folder.path.join(shard_name(number)));
-        self.writing = Some(std::thread::spawn(move || write(&identity, &path, number, &units, outcomes)));
+        self.writing = Some(std::thread::spawn(move || write(&identity, &path, number, units, &blocks)));
         Ok(())
     }
 
@@ -292,10 +295,11 @@ impl Drop for PackWriter {
     }
 }
 
-/// Lay a shard out and write it.
-fn write(identity: &Identity, path: &Path, number: usize, units: &[Unit], outcomes: Outcomes) -> Result<ShardEntry> {
-    let (datapoints, mut stats) = gather(units, outcomes);
-    let bytes = shard::encode(&datapoints, &mut stats, |stats| identity.header(number, stats))?;
+/// Lay a shard out and write it. The units go with it, so that they are freed while the next ones are built.
+fn write(identity: &Identity, path: &Path, number: usize, units: Vec<Unit>, blocks: &[Block]) -> Result<ShardEntry> {
+    drop(units);
+    let (columns, mut stats) = gather(blocks);
+    let bytes = shard::encode(&columns, &mut stats, |stats| identity.header(number, stats))?;
     write_atomic(path, &bytes)?;
     Ok(ShardEntry { number, sha256: sha256_hex(&bytes), bytes: bytes.len() as u64, stats })
 }

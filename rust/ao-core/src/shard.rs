@@ -3,15 +3,15 @@
 //! A shard stands alone. Contexts are stored once, and one that is the beginning of another is not stored at all: it
 //! refers to the longer one and has its own length. `layout` reads what is written here.
 
-use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::datapoint::Datapoint;
+use crate::columns::{Columns, Ragged};
 use crate::error::{Error, Result};
 use crate::manifest::{canonical_json, xxh3_text};
 use crate::stats::Stats;
@@ -31,35 +31,6 @@ pub(crate) fn digest_of(mut data: Xxh3, metadata: &Value) -> String {
     xxh3_text(&data)
 }
 
-/// Values and the offsets that cut them into rows.
-struct Ragged<T> {
-    values: Vec<T>,
-    offsets: Vec<i64>,
-}
-
-impl<T: Copy> Ragged<T> {
-    fn new() -> Self {
-        Self { values: Vec::new(), offsets: vec![0] }
-    }
-
-    fn push(&mut self, row: &[T]) {
-        self.values.extend_from_slice(row);
-        self.offsets.push(self.values.len() as i64);
-    }
-
-    fn from_rows<'a>(rows: impl Iterator<Item = &'a [T]> + Clone) -> Self
-    where
-        T: 'a,
-    {
-        let mut ragged = Self::new();
-        let (count, length) = rows.clone().fold((0, 0), |(count, length), row| (count + 1, length + row.len()));
-        ragged.offsets.reserve_exact(count);
-        ragged.values.reserve_exact(length);
-        rows.for_each(|row| ragged.push(row));
-        ragged
-    }
-}
-
 #[cfg(target_endian = "big")]
 compile_error!("shards are little-endian and are viewed in place, so this machine can neither write nor read them");
 
@@ -77,85 +48,76 @@ macro_rules! stored {
 }
 stored!(i64 => I64, i32 => I32, i16 => I16, u8 => U8);
 
-/// The bytes of a shard that holds `datapoints`, in order. `stats` get what only the stored arrays tell, then `header`
-/// says what the metadata hold beside the sources' names.
+/// The bytes of a shard that holds the datapoints `columns`, in order. `stats` get what only the stored arrays tell, then
+/// `header` says what the metadata hold beside the sources' names.
 ///
 /// # Errors
 /// If there are more than 256 sources.
-pub fn encode(datapoints: &[Datapoint], stats: &mut Stats, header: impl FnOnce(&Stats) -> Value) -> Result<Vec<u8>> {
-    let sources = sources_of(datapoints)?;
-    let contexts = SharedContexts::new(datapoints);
-    let texts = |text: fn(&Datapoint) -> &str| Ragged::from_rows(datapoints.iter().map(|d| text(d).as_bytes()));
-    let (ids, metas) = (texts(|d| &d.id), texts(|d| &d.meta));
-    let (questions, answers) = (texts(|d| &d.question), texts(|d| &d.answer));
-    let inputs = Ragged::from_rows(datapoints.iter().map(|d| d.input_ids.as_slice()));
-    let placeholders = Ragged::from_rows(datapoints.iter().map(|d| d.placeholders.as_slice()));
-    let layers = Ragged::from_rows(datapoints.iter().map(|d| d.layers.as_slice()));
-    let positions = Ragged::from_rows(datapoints.iter().map(|d| d.read_positions.as_slice()));
+pub fn encode(columns: &Columns, stats: &mut Stats, header: impl FnOnce(&Stats) -> Value) -> Result<Vec<u8>> {
+    let (source_names, sources) = sorted_sources(columns)?;
+    let contexts = SharedContexts::new(columns);
     let mut arrays = Arrays::default();
-    arrays.ragged("id_bytes", "id_offsets", &ids);
-    arrays.ragged("question_bytes", "question_offsets", &questions);
-    arrays.ragged("answer_bytes", "answer_offsets", &answers);
-    arrays.ragged("meta_bytes", "meta_offsets", &metas);
-    arrays.each("answer_start", datapoints, |d| d.answer_start);
-    arrays.each("context_length", datapoints, |d| d.context_ids.len() as i32);
-    arrays.each("kind", datapoints, |d| d.kind);
-    arrays.each("source", datapoints, |d| sources.binary_search(&&*d.source).expect("every source was listed") as u8);
-    arrays.ragged("input_ids", "input_offsets", &inputs);
-    arrays.ragged("placeholders", "placeholder_offsets", &placeholders);
-    arrays.flat("layers", &layers.values);
-    arrays.flat("read_positions", &positions.values);
+    arrays.ragged("id_bytes", "id_offsets", &columns.ids);
+    arrays.ragged("question_bytes", "question_offsets", &columns.questions);
+    arrays.ragged("answer_bytes", "answer_offsets", &columns.answers);
+    arrays.ragged("meta_bytes", "meta_offsets", &columns.metas);
+    arrays.flat("answer_start", &columns.answer_starts);
+    arrays.flat("context_length", &columns.context_lengths);
+    arrays.flat("kind", &columns.kinds);
+    arrays.flat("source", &sources);
+    arrays.ragged("input_ids", "input_offsets", &columns.inputs);
+    arrays.ragged("placeholders", "placeholder_offsets", &columns.placeholders);
+    arrays.flat("layers", &columns.layers);
+    arrays.flat("read_positions", &columns.read_positions);
     arrays.ragged("context_ids", "context_offsets", &contexts.stored);
     arrays.flat("context", &contexts.rows);
     stats.contexts = contexts.stored.offsets.len() as u64 - 1;
     stats.context_tokens = contexts.stored.values.len() as u64;
-    stats.placeholders = placeholders.values.len() as u64;
-    stats.duplicates = duplicates(datapoints);
+    stats.placeholders = columns.placeholders.values.len() as u64;
+    stats.duplicates = duplicates(columns);
     let mut metadata = header(stats);
     metadata["schema"] = json!(SCHEMA);
-    metadata["sources"] = json!(sources);
+    metadata["sources"] = json!(source_names);
     arrays.serialize(metadata)
 }
 
 /// How many datapoints have the same input, context and positions as one before them.
-fn duplicates(datapoints: &[Datapoint]) -> u64 {
-    let mut seen = HashSet::with_capacity(datapoints.len());
-    let repeated = |datapoint: &&Datapoint| {
+fn duplicates(columns: &Columns) -> u64 {
+    let mut seen = HashSet::with_capacity(columns.len());
+    let is_repeated = |&at: &usize| {
         let mut hasher = Xxh3::new();
-        for part in [&*datapoint.input_ids, &*datapoint.context_ids, &*datapoint.read_positions] {
+        for part in [columns.inputs.row(at), columns.context_ids(at), columns.positions(at)] {
             hasher.update(&part.len().to_le_bytes());
             hasher.update(bytemuck::cast_slice(part));
         }
         !seen.insert(hasher.digest128())
     };
-    datapoints.iter().filter(repeated).count() as u64
+    (0..columns.len()).filter(is_repeated).count() as u64
 }
 
-/// The names of the sources, sorted; a shard numbers them with a byte.
-fn sources_of(datapoints: &[Datapoint]) -> Result<Vec<&str>> {
-    let distinct: BTreeSet<&str> = datapoints.iter().map(|datapoint| &*datapoint.source).collect();
-    let sources: Vec<&str> = distinct.into_iter().collect();
-    if sources.len() > 256 {
+/// The names of the sources, sorted, and for each datapoint the number of its own; a shard holds it in a byte.
+fn sorted_sources(columns: &Columns) -> Result<(Vec<&str>, Vec<u8>)> {
+    let distinct: BTreeSet<&str> = columns.source_names.iter().map(|name| &**name).collect();
+    let names: Vec<&str> = distinct.into_iter().collect();
+    if names.len() > 256 {
         return Err(Error::input(format!(
             "a shard has {} sources, at most 256 fit; give the records fewer distinct \"source\" fields",
-            sources.len()
+            names.len()
         )));
     }
-    Ok(sources)
+    let number = |name: &Arc<str>| names.binary_search(&&**name).expect("every source was listed") as u8;
+    let numbers: Vec<u8> = columns.source_names.iter().map(number).collect();
+    let sources = columns.sources.iter().map(|&own| numbers[own as usize]).collect();
+    Ok((names, sources))
 }
 
 /// Arrays by name, as bytes.
 #[derive(Default)]
-struct Arrays<'a>(Vec<(&'static str, Dtype, usize, Cow<'a, [u8]>)>);
+struct Arrays<'a>(Vec<(&'static str, Dtype, usize, &'a [u8])>);
 
 impl<'a> Arrays<'a> {
     fn flat<T: Stored>(&mut self, name: &'static str, values: &'a [T]) {
-        self.0.push((name, T::DTYPE, values.len(), Cow::Borrowed(bytemuck::cast_slice(values))));
-    }
-
-    fn each<T: Stored>(&mut self, name: &'static str, datapoints: &[Datapoint], value: impl Fn(&Datapoint) -> T) {
-        let values: Vec<T> = datapoints.iter().map(value).collect();
-        self.0.push((name, T::DTYPE, values.len(), Cow::Owned(bytemuck::cast_slice(&values).to_vec())));
+        self.0.push((name, T::DTYPE, values.len(), bytemuck::cast_slice(values)));
     }
 
     fn ragged<T: Stored>(&mut self, values: &'static str, offsets: &'static str, rows: &'a Ragged<T>) {
@@ -188,26 +150,27 @@ struct SharedContexts {
 }
 
 impl SharedContexts {
-    fn new(datapoints: &[Datapoint]) -> Self {
-        let held = Held::new(datapoints);
-        let mut order: Vec<usize> = (0..held.longest.len()).collect();
-        order.sort_by(|&a, &b| held.longest[a].cmp(held.longest[b]).then(a.cmp(&b)));
+    fn new(columns: &Columns) -> Self {
+        let longest = longest(columns);
+        let mut order: Vec<usize> = (0..longest.len()).collect();
+        order.sort_by(|&a, &b| longest[a].cmp(longest[b]).then(a.cmp(&b)));
         // Whatever begins with a context stands right behind it, so the neighbour decides, from the longest back.
-        let mut holder = vec![0; held.longest.len()];
+        let mut holder = vec![0; longest.len()];
         let mut later: Option<usize> = None;
         for &at in order.iter().rev() {
             holder[at] = match later {
-                Some(next) if held.longest[next].starts_with(held.longest[at]) => holder[next],
+                Some(next) if longest[next].starts_with(longest[at]) => holder[next],
                 _ => at,
             };
             later = Some(at);
         }
-        let mut shared = Self { stored: Ragged::new(), rows: Vec::with_capacity(datapoints.len()) };
+        let mut shared = Self { stored: Ragged::default(), rows: Vec::with_capacity(columns.len()) };
         let mut row_of: HashMap<usize, i32> = HashMap::new();
-        for &group in &held.groups {
+        for &own in &columns.context {
             let next = row_of.len() as i32;
-            let row = *row_of.entry(holder[group]).or_insert_with(|| {
-                shared.stored.push(held.longest[holder[group]]);
+            let holder = holder[own as usize];
+            let row = *row_of.entry(holder).or_insert_with(|| {
+                shared.stored.push(longest[holder]);
                 next
             });
             shared.rows.push(row);
@@ -216,28 +179,12 @@ impl SharedContexts {
     }
 }
 
-/// Datapoints by the tokens that they hold in common, which need not be compared with each other.
-struct Held<'a> {
-    /// For each datapoint, its group.
-    groups: Vec<usize>,
-    /// For each group, the longest context that one of it shows.
-    longest: Vec<&'a [i32]>,
-}
-
-impl<'a> Held<'a> {
-    fn new(datapoints: &'a [Datapoint]) -> Self {
-        let mut held = Self { groups: Vec::with_capacity(datapoints.len()), longest: Vec::new() };
-        let mut group_at = HashMap::new();
-        for datapoint in datapoints {
-            let own: &[i32] = &datapoint.context_ids;
-            let group = *group_at.entry(datapoint.context_ids.place()).or_insert(held.longest.len());
-            match held.longest.get_mut(group) {
-                None => held.longest.push(own),
-                Some(longest) if longest.len() < own.len() => *longest = own,
-                Some(_) => {}
-            }
-            held.groups.push(group);
-        }
-        held
+/// For each context, as much of it as any datapoint shows.
+fn longest(columns: &Columns) -> Vec<&[i32]> {
+    let mut shown = vec![0; columns.contexts.len()];
+    for (&context, &length) in columns.context.iter().zip(&columns.context_lengths) {
+        let longest = &mut shown[context as usize];
+        *longest = length.max(*longest);
     }
+    columns.contexts.iter().zip(shown).map(|(ids, length)| &ids[..length as usize]).collect()
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::datapoint::{Datapoint, Kept};
+use crate::columns::Columns;
+use crate::datapoint::Kept;
 
 /// Upper bounds, exclusive, of the buckets in which lengths are counted; what is longer goes into one bucket more.
 pub const LENGTH_EDGES: [usize; 15] = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
@@ -59,27 +60,25 @@ pub struct Stats {
 
 impl SourceStats {
     pub(crate) fn drop_one(&mut self, reason: &str) {
-        *self.drops.entry(reason.to_owned()).or_default() += 1;
+        add_one(counted(&mut self.drops, reason), 1);
     }
 
     pub(crate) fn pass_over(&mut self, reason: &str) {
-        *self.errors.entry(reason.to_owned()).or_default() += 1;
+        add_one(counted(&mut self.errors, reason), 1);
     }
 
     pub(crate) fn keep(&mut self, kept: &Kept, counts_answers: bool) {
-        let Kept { datapoints, is_unanswerable, lacks_donor } = kept;
-        let num_datapoints = datapoints.len() as u64;
+        let (num_datapoints, num_answer_tokens) = (kept.prompts.len() as u64, kept.answer_ids.len() as u64);
         self.examples += 1;
         self.datapoints += num_datapoints;
-        self.unanswerable += u64::from(*is_unanswerable) * num_datapoints;
-        self.without_donor += u64::from(*lacks_donor) * num_datapoints;
-        for datapoint in datapoints {
-            self.input_tokens += datapoint.input_ids.len() as u64;
-            self.answer_tokens += datapoint.input_ids.len() as u64 - datapoint.answer_start as u64;
-            self.context_tokens_read += datapoint.context_ids.len() as u64;
-            if counts_answers {
-                *self.answers.entry(datapoint.answer.to_string()).or_default() += 1;
-            }
+        self.unanswerable += u64::from(kept.is_unanswerable()) * num_datapoints;
+        self.without_donor += u64::from(kept.lacks_donor) * num_datapoints;
+        self.input_tokens +=
+            kept.prompts.iter().map(|(_, prompt)| prompt.ids.len() as u64 + num_answer_tokens).sum::<u64>();
+        self.answer_tokens += num_answer_tokens * num_datapoints;
+        self.context_tokens_read += kept.context_ids.len() as u64 * num_datapoints;
+        if counts_answers {
+            add_one(counted(&mut self.answers, &kept.question.answer), num_datapoints);
         }
     }
 
@@ -106,13 +105,13 @@ impl SourceStats {
 
 impl Stats {
     pub(crate) fn source(&mut self, name: &str) -> &mut SourceStats {
-        self.sources.entry(name.to_owned()).or_default()
+        counted(&mut self.sources, name)
     }
 
     /// Count the lengths of what a shard holds.
-    pub(crate) fn measure(&mut self, datapoints: &[Datapoint]) {
-        self.input_lengths = histogram(datapoints.iter().map(|datapoint| datapoint.input_ids.len()));
-        self.context_lengths = histogram(datapoints.iter().map(|datapoint| datapoint.context_ids.len()));
+    pub(crate) fn measure(&mut self, columns: &Columns) {
+        self.input_lengths = histogram(columns.inputs.lengths());
+        self.context_lengths = histogram(columns.context_lengths.iter().map(|&length| length as usize));
     }
 
     /// Whether these can be the counts of a shard with so many datapoints.
@@ -156,6 +155,14 @@ impl Stats {
     }
 }
 
+/// What stands under `name`; a name is copied only where it is new.
+fn counted<'a, T: Default>(counts: &'a mut BTreeMap<String, T>, name: &str) -> &'a mut T {
+    if !counts.contains_key(name) {
+        counts.insert(name.to_owned(), T::default());
+    }
+    counts.get_mut(name).expect("it is there now")
+}
+
 fn histogram(lengths: impl Iterator<Item = usize>) -> Vec<u64> {
     let mut buckets = vec![0; LENGTH_EDGES.len() + 1];
     lengths.for_each(|length| buckets[LENGTH_EDGES.partition_point(|&edge| edge <= length)] += 1);
@@ -164,7 +171,7 @@ fn histogram(lengths: impl Iterator<Item = usize>) -> Vec<u64> {
 
 fn add_counted(mine: &mut Counted, theirs: &Counted) {
     for (reason, count) in theirs {
-        add_one(mine.entry(reason.clone()).or_default(), *count);
+        add_one(counted(mine, reason), *count);
     }
 }
 
