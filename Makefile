@@ -56,7 +56,7 @@ fuzz-tools:
 
 fuzz: fuzz-tools ## fuzz every target for SECONDS=60; keeps what it learned in tests/fuzz/corpus
 	AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --release --quiet --test fuzz_findings seeds
-	for target in jsonl template tokenizer_json shard manifest; do \
+	for target in $$(cargo +nightly fuzz list --fuzz-dir tests/fuzz); do \
 		RAYON_NUM_THREADS=1 cargo +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- \
 			-max_total_time=$(or $(SECONDS),60) -timeout=20 -rss_limit_mb=2500 -max_len=6000 -verbosity=0; \
 	done

@@ -62,7 +62,9 @@ pub(crate) fn build(framer: &Framer, prompts: &Prompts, common: &Common, units: 
     runs.par_chunks(RUNS_PER_BLOCK)
         .map(|runs| {
             let mut block = Block::default();
-            runs.iter().for_each(|run| building.run(run, &mut block));
+            for run in runs {
+                building.run(run, &mut block);
+            }
             block
         })
         .collect()
@@ -72,7 +74,9 @@ pub(crate) fn build(framer: &Framer, prompts: &Prompts, common: &Common, units: 
 pub(crate) fn gather(blocks: &[Block]) -> (Columns, Stats) {
     let columns = Columns::joined(blocks.iter().map(|block| &block.columns));
     let mut stats = Stats::default();
-    blocks.iter().for_each(|block| stats.add(&block.stats));
+    for block in blocks {
+        stats.add(&block.stats);
+    }
     stats.measure(&columns);
     (columns, stats)
 }

@@ -54,8 +54,8 @@ impl Prompts {
         if let Some(prompt) = part.read().unwrap_or_else(PoisonError::into_inner).prompts.get(&key) {
             return Ok(Arc::clone(prompt));
         }
-        let framed = framer.prompt(layers, num_positions, question)?;
-        let prompt = Arc::new(Prompt { ids: framed.ids, placeholders: framed.placeholders });
+        let new = framer.prompt(layers, num_positions, question)?;
+        let prompt = Arc::new(Prompt { ids: new.ids, placeholders: new.placeholders });
         let mut part = part.write().unwrap_or_else(PoisonError::into_inner);
         if part.num_tokens > TOKENS_PER_PART {
             *part = Part::default();
@@ -69,7 +69,9 @@ impl Prompts {
 fn key(layers: &[usize], num_positions: usize, question: &str) -> u128 {
     let mut hasher = Xxh3::new();
     hasher.update(&layers.len().to_le_bytes());
-    layers.iter().for_each(|layer| hasher.update(&layer.to_le_bytes()));
+    for layer in layers {
+        hasher.update(&layer.to_le_bytes());
+    }
     hasher.update(&num_positions.to_le_bytes());
     hasher.update(question.as_bytes());
     hasher.digest128()
