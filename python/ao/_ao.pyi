@@ -5,9 +5,12 @@ Buffers are read-only `memoryview`s of native int32; `numpy.asarray` views them 
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from typing_extensions import Buffer
+
+RULES: Final[int]
+"""The version of the draws, questions and ids of a packed data set, as its manifest has it."""
 
 class AoError(ValueError):
     """Bad input. The message says what, which, expected, got and what to do."""

@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ao import sources as readers
-from ao._ao import Framer, PackWriter, Source
+from ao._ao import RULES, Framer, PackWriter, Source
 from ao._ao import merge as merge_parts
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, source_counts, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder
@@ -56,7 +56,8 @@ def pack(
         out: Folder of the data set; `data.out` if left out. One that an equal recipe built is built anew.
         part: (i, n): build every n-th shard from the i-th on; `merge` joins the parts.
         resume: Go on with the shards of an unfinished build, and do nothing where `out` is whole already: its manifest is
-            that of this build, and every shard is there with its size. A damaged one is built anew.
+            that of this build, and every shard is there with its size. One that is damaged, or was built by a version
+            with other `RULES`, is built anew.
         restart: Remove an unfinished build first, and leave none.
         max_errors: How many bad examples are passed over and counted before the build stops.
         progress: Show a progress bar on stderr.
@@ -398,6 +399,10 @@ def _require_free(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
 
 def _is_whole(out: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether nothing is left to do in `out`, which holds a data set of the same recipe."""
+    if manifest.get("rules") != RULES:
+        # A reader takes it as it is, but built now it would have other bytes.
+        log.warning("%s was built by another version of ao, which makes other datapoints; it is built anew", out)
+        return False
     if canonical_json(manifest.get("inputs")) != canonical_json(settings["inputs"]):
         return False
     try:

@@ -15,6 +15,7 @@ from reference import Reference
 
 import real_data
 import tiny
+from ao._ao import RULES
 from ao.config import DataConfig, ModelConfig, load_recipe, parse_recipe, to_dict
 from ao.pack import merge, pack, summary_text
 from ao.prompt import model_folder, resolve_layer
@@ -302,6 +303,23 @@ def test_a_stopped_build_goes_on(tmp_path: Path, model: str, monkeypatch: pytest
     (partial / "shard-00000.safetensors").write_text("old")
     pack(recipe, root=tmp_path, out=tmp_path / "out", restart=True)
     assert not partial.exists()
+
+
+def test_a_set_of_other_rules_is_built_anew(tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "records.jsonl", RECORDS)
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source]}})
+    pack(recipe, root=tmp_path, out=tmp_path / "out")
+    before, manifest = digest(tmp_path / "out"), tmp_path / "out/manifest.json"
+    text = manifest.read_text()
+    assert f'"rules":{RULES},' in text
+    for older in (text.replace(f'"rules":{RULES},', f'"rules":{RULES - 1},'), text.replace(f'"rules":{RULES},', "")):
+        caplog.clear()
+        manifest.write_text(older)
+        assert pack(recipe, root=tmp_path, out=tmp_path / "out", resume=True)["way"] == "packed"
+        assert "another version of ao" in caplog.text
+        assert digest(tmp_path / "out") == before
+    assert pack(recipe, root=tmp_path, out=tmp_path / "out", resume=True)["way"] == "was there"
 
 
 def test_parts_make_the_whole(tmp_path: Path, model: str) -> None:

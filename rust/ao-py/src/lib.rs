@@ -21,6 +21,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule(gil_used = false)]
 mod _ao {
     #[pymodule_export]
+    const RULES: u64 = ao_core::folder::RULES;
+
+    #[pymodule_export]
     use super::activations::{ActivationReader, ActivationWriter, activation_index, context_keys, verify_activations};
     #[pymodule_export]
     use super::error::AoError;
