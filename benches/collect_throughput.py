@@ -26,7 +26,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import corpus
 import measure
 from ao.cache import ActivationCache
-from ao.collect import UNIT_TOKENS, Alike, CacheSink, every_position, remaining
+from ao.collect.missing import remaining
+from ao.collect.run import Alike
+from ao.collect.sinks import CacheSink
+from ao.collect.wanted import UNIT_TOKENS, every_position
 from ao.models import arch as archs
 from ao.models.adapters import as_target
 from ao.models.load import DTYPES, freeze, fuse_norms

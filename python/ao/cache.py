@@ -28,6 +28,8 @@ HEADER_BYTES = 4096
 """Bytes of a file before its first row."""
 INDEX = "*.index.safetensors"
 """The indexes of a folder."""
+PLAIN = "*.plain.safetensors"
+"""The plain files of a folder, which other tools read."""
 MODES = ("auto", "warm", "hinted", "direct")
 """How rows are gathered. warm: through the page cache; hinted: all announced to it first; direct: past it, several at once;
 auto: one of these, by whether a few of the rows are in the page cache."""
@@ -297,7 +299,7 @@ class ActivationCache:
 
         Args:
             path: The folder.
-            contract: Fields that the rows must have, as `ao.collect.contract_of` gives them, or some of them.
+            contract: Fields that the rows must have, as `ao.collect.run.contract_of` gives them, or some of them.
             run: Only units of this run.
             unit: Only the unit of this number.
             without: No units of this run.

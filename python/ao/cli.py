@@ -431,7 +431,9 @@ def _inspect(command: Inspect) -> dict[str, Any]:
 
 
 def _collect(command: Collect) -> dict[str, Any]:
-    from ao import collect as collecting
+    from ao.collect.imported import import_tensor
+    from ao.collect.run import collect, summary_text
+    from ao.collect.wanted import units
 
     recipe = _recipe(command)
     out = command.out or Path(recipe.data.out).with_name("activations")
@@ -443,10 +445,10 @@ def _collect(command: Collect) -> dict[str, Any]:
         others = {name: getattr(command, name) for name in ("data", "texts", "prompt", "adapter", "dtype", "layers")}
         if asked := [f"--{name}" for name, value in others.items() if value]:
             raise ValueError(f"--import-tensor runs no model; leave {', '.join(asked)} out")
-        layers = collecting.import_tensor(command.import_tensor, str(command.sidecar), out=out)
+        layers = import_tensor(command.import_tensor, str(command.sidecar), out=out)
         record: dict[str, Any] = {"layers": layers, "first_rank": True}
     else:
-        units = collecting.units(
+        wanted = units(
             recipe,
             data=command.data,
             texts=command.texts,
@@ -455,9 +457,9 @@ def _collect(command: Collect) -> dict[str, Any]:
             positions=command.positions,
             plain=command.format == "safetensors",
         )
-        record = collecting.collect(
+        record = collect(
             recipe.model,
-            units,
+            wanted,
             out=out,
             adapter=command.adapter,
             dtype=command.dtype,
@@ -468,7 +470,7 @@ def _collect(command: Collect) -> dict[str, Any]:
     if not record.pop("first_rank"):
         return {}
     if not command.json:
-        print(collecting.summary_text(out, record))
+        print(summary_text(out, record))
     return {"out": str(out), **record}
 
 

@@ -12,9 +12,13 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from ao import cli, collect
+from ao import cli
 from ao.cache import ActivationCache, context_keys, verify
-from ao.collect import Unit, import_tensor
+from ao.collect import run, sinks, wanted
+from ao.collect.imported import import_tensor
+from ao.collect.missing import remaining
+from ao.collect.run import Alike, collect, contract_of
+from ao.collect.wanted import Unit, units_of
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.distributed import launch
 from ao.inspection import inspect, text
@@ -61,8 +65,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "UNIT_TOKENS", 40)
-    monkeypatch.setattr(collect, "PLAIN_UNIT_TOKENS", 40)
+    monkeypatch.setattr(wanted, "UNIT_TOKENS", 40)
+    monkeypatch.setattr(wanted, "PLAIN_UNIT_TOKENS", 40)
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +86,21 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_rows_equal_the_librarys_hidden_states(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
-    units = collect.units(recipe)
-    record = collect.collect(recipe.model, units, out=tmp_path / "acts")
-    cache = ActivationCache.open(tmp_path / "acts", contract=collect.contract_of(recipe.model))
+    units = wanted.units(recipe)
+    record = collect(recipe.model, units, out=tmp_path / "acts")
+    cache = ActivationCache.open(tmp_path / "acts", contract=contract_of(recipe.model))
     data = PackedDataset.open(recipe.data.out)
     assert cache.dtype == "F32"
-    wanted = set()
+    read = set()
     for point in data:
         keys = context_keys(point.context_ids)[point.read_positions]
-        wanted |= {(layer, *key) for layer, key in zip(point.layers.tolist(), keys.tolist(), strict=True)}
+        read |= {(layer, *key) for layer, key in zip(point.layers.tolist(), keys.tolist(), strict=True)}
         got = cache.vectors(point.context_ids, point.layers, point.read_positions)
         for layer in set(point.layers.tolist()):
             here = point.layers == layer
             expected = hidden(target, point.context_ids, layer)[point.read_positions[here]]
             np.testing.assert_allclose(got[here], expected, rtol=1e-4, atol=1e-4)
-    assert record["rows"] == len(wanted) == sum(len(cache.layer(layer)) for layer in cache.layers)
+    assert record["rows"] == len(read) == sum(len(cache.layer(layer)) for layer in cache.layers)
     assert record["units"] > 2
     assert verify(tmp_path / "acts") == []
     norms = np.linalg.norm(
@@ -108,14 +112,14 @@ def test_rows_equal_the_librarys_hidden_states(recipe: Recipe, target: torch.nn.
 
 def test_only_what_is_new_is_collected(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "acts"
-    first = collect.collect(recipe.model, collect.units(recipe), out=out)
+    first = collect(recipe.model, wanted.units(recipe), out=out)
     before = content(out)
-    again = collect.collect(recipe.model, collect.units(recipe), out=out)
+    again = collect(recipe.model, wanted.units(recipe), out=out)
     assert (again["rows"], again["tokens"]) == (0, 0)
     assert content(out) == before
     more = write_records(tmp_path / "more", [*STATEMENTS, "Do you like the green kite?"])
-    units = collect.units(more)
-    second = collect.collect(more.model, units, out=out)
+    units = wanted.units(more)
+    second = collect(more.model, units, out=out)
     cache = ActivationCache.open(out)
     assert 0 < second["rows"] <= 6 < first["rows"]
     assert all(
@@ -128,67 +132,67 @@ def test_only_what_is_new_is_collected(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    units = collect.units(recipe)
-    collect.collect(recipe.model, units, out=tmp_path / "whole")
-    finish, finished = collect.CacheSink.finish, []
+    units = wanted.units(recipe)
+    collect(recipe.model, units, out=tmp_path / "whole")
+    finish, finished = sinks.CacheSink.finish, []
 
-    def stop(sink: collect.CacheSink) -> None:
+    def stop(sink: sinks.CacheSink) -> None:
         if len(finished) == 2:
             raise KeyboardInterrupt
         finished.append(sink)
         finish(sink)
 
-    monkeypatch.setattr(collect.CacheSink, "finish", stop)
+    monkeypatch.setattr(sinks.CacheSink, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
-        collect.collect(recipe.model, units, out=tmp_path / "stopped")
+        collect(recipe.model, units, out=tmp_path / "stopped")
     monkeypatch.undo()
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     assert not list((tmp_path / "stopped").glob(".*"))
     assert len(ActivationCache.open(tmp_path / "stopped").units) == 2
-    record = collect.collect(recipe.model, units, out=tmp_path / "stopped")
+    record = collect(recipe.model, units, out=tmp_path / "stopped")
     assert record["units_before"] == 2
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
 def test_two_ranks_write_what_one_writes(recipe: Recipe, tmp_path: Path) -> None:
-    units = collect.units(recipe)
-    one = collect.collect(recipe.model, units, out=tmp_path / "one")
+    units = wanted.units(recipe)
+    one = collect(recipe.model, units, out=tmp_path / "one")
     two = launch(collect_into, recipe.model, units, tmp_path / "two", processes=2)
     assert (one["rows"], one["tokens"]) == (two["rows"], two["tokens"])
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def collect_into(model: ModelConfig, units: list[Unit], out: Path) -> dict[str, object]:
-    return collect.collect(model, units, out=out)
+    return collect(model, units, out=out)
 
 
 def test_what_is_there_already_needs_no_unit_and_no_model(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts")
+    collect(recipe.model, wanted.units(recipe), out=tmp_path / "acts")
     before = content(tmp_path / "acts")
-    monkeypatch.setattr(collect, "load_model", None)
+    monkeypatch.setattr(run, "load_model", None)
     # Another run by its digest, of which earlier ones hold all or nothing is left.
-    record = collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts", tokens_per_row=99)
+    record = collect(recipe.model, wanted.units(recipe), out=tmp_path / "acts", tokens_per_row=99)
     assert (record["rows"], content(tmp_path / "acts")) == (0, before)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "index", "leaned on"])
 def test_a_unit_that_is_not_whole_is_collected_again(recipe: Recipe, tmp_path: Path, damage: str) -> None:
-    out, units = tmp_path / "acts", collect.units(recipe)
+    out, units = tmp_path / "acts", wanted.units(recipe)
     if damage == "leaned on":
-        first = collect.collect(recipe.model, units[:1], out=out)
-        collect.collect(recipe.model, units, out=out)
+        first = collect(recipe.model, units[:1], out=out)
+        collect(recipe.model, units, out=out)
         for file in out.glob(f"{first['run']}-*"):
             file.unlink()
     else:
-        collect.collect(recipe.model, units, out=out)
+        collect(recipe.model, units, out=out)
         before = content(out)
         file = sorted(out.glob("*-00001-*.safetensors" if damage != "index" else "*-00001.index.safetensors"))[0]
         file.write_bytes(file.read_bytes()[:-5])
         if damage == "missing":
             file.unlink()
-    collect.collect(recipe.model, units, out=out)
+    collect(recipe.model, units, out=out)
     cache = ActivationCache.open(out)
     assert all(
         (cache.layer(layer).find(u.keys()[u.wanted.layers == layer]) >= 0).all() for u in units for layer in LAYERS
@@ -198,49 +202,49 @@ def test_a_unit_that_is_not_whole_is_collected_again(recipe: Recipe, tmp_path: P
 
 
 def test_an_adapter_is_another_target(recipe: Recipe, tmp_path: Path, demo_adapter: Path) -> None:
-    units = collect.units(recipe)
-    collect.collect(recipe.model, units, out=tmp_path / "base")
-    collect.collect(recipe.model, units, out=tmp_path / "worn", adapter=demo_adapter)
+    units = wanted.units(recipe)
+    collect(recipe.model, units, out=tmp_path / "base")
+    collect(recipe.model, units, out=tmp_path / "worn", adapter=demo_adapter)
     base, worn = (ActivationCache.open(tmp_path / name).layer(LAYERS[1]) for name in ("base", "worn"))
     assert len(base) == len(worn)
     assert not np.allclose(base.gather(np.arange(len(base))), worn.gather(np.arange(len(worn))), atol=1e-3)
     with pytest.raises(ValueError, match=r"collected from.*adapter"):
-        collect.collect(recipe.model, units, out=tmp_path / "base", adapter=demo_adapter)
+        collect(recipe.model, units, out=tmp_path / "base", adapter=demo_adapter)
     with pytest.raises(ValueError, match="rows of F32 and 96 values, asked for were BF16"):
-        collect.collect(recipe.model, units, out=tmp_path / "base", dtype="BF16")
+        collect(recipe.model, units, out=tmp_path / "base", dtype="BF16")
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json there"):
-        collect.collect(recipe.model, units, out=tmp_path / "other", adapter=tmp_path)
+        collect(recipe.model, units, out=tmp_path / "other", adapter=tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no activation cache"):
-        collect.collect(recipe.model, units, out=tmp_path / "mine")
+        collect(recipe.model, units, out=tmp_path / "mine")
 
 
 def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
     lines = [{"text": "The cat sat."}, {"messages": [{"role": "user", "content": "Hello?"}]}]
     (tmp_path / "texts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    [*units] = collect.units(recipe, texts=tmp_path / "texts.jsonl", layers=[2])
-    collect.collect(recipe.model, units, out=tmp_path / "acts")
+    [*units] = wanted.units(recipe, texts=tmp_path / "texts.jsonl", layers=[2])
+    collect(recipe.model, units, out=tmp_path / "acts")
     cache = ActivationCache.open(tmp_path / "acts")
     contexts = [ids for unit in units for ids in unit.contexts]
     assert len(contexts) == 2
     for ids in contexts:
         got = cache.vectors(ids, np.full(len(ids), 2), np.arange(len(ids)))
         np.testing.assert_allclose(got, hidden(target, ids, 2), rtol=1e-4, atol=1e-4)
-    [unit] = collect.units(recipe, prompt="Hello?")
+    [unit] = wanted.units(recipe, prompt="Hello?")
     assert np.array_equal(unit.contexts[0], contexts[1])
     assert np.unique(unit.wanted.layers).tolist() == LAYERS
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected an object with text or messages"):
-        collect.units(recipe, texts=tmp_path / "texts.jsonl")
+        wanted.units(recipe, texts=tmp_path / "texts.jsonl")
     with pytest.raises(ValueError, match="got several"):
-        collect.units(recipe, texts=tmp_path / "texts.jsonl", prompt="x")
-    everywhere = collect.units(recipe, positions="all")
+        wanted.units(recipe, texts=tmp_path / "texts.jsonl", prompt="x")
+    everywhere = wanted.units(recipe, positions="all")
     assert sum(map(len, (unit.keys() for unit in everywhere))) == 2 * sum(unit.num_tokens for unit in everywhere)
 
 
 def test_plain_files_are_read_with_numpy_alone(recipe: Recipe, target: torch.nn.Module, tmp_path: Path) -> None:
-    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "plain", plain=True)
+    collect(recipe.model, wanted.units(recipe), out=tmp_path / "plain", plain=True)
     files = sorted((tmp_path / "plain").glob("*.safetensors"))
     assert len(files) > 2
     for file in files:
@@ -252,7 +256,7 @@ def test_plain_files_are_read_with_numpy_alone(recipe: Recipe, target: torch.nn.
             np.testing.assert_allclose(row, hidden(target, ids, layer)[position], rtol=1e-4, atol=1e-4)
     before = content(tmp_path / "plain")
     files[0].unlink()
-    collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "plain", plain=True)
+    collect(recipe.model, wanted.units(recipe), out=tmp_path / "plain", plain=True)
     assert content(tmp_path / "plain") == before
 
 
@@ -300,27 +304,27 @@ def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
 def test_vectors_that_are_all_alike_are_told(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    honest = collect.collected
+    honest = run.collected
 
     def dead(*args: object, **options: object) -> object:
         for layer, indices, resid_KD in honest(*args, **options):
             yield layer, indices, resid_KD[:1].expand_as(resid_KD) if layer == LAYERS[1] else resid_KD
 
-    same, other = collect.Alike(), collect.Alike()
+    same, other = Alike(), Alike()
     for value in (0.0, 1.0):
         same.see(torch.full((3, 4), value * 2), torch.full((3,), value * 4))
     assert same.least == 0.0  # zeros, and then something else
-    zeros = collect.Alike()
+    zeros = Alike()
     zeros.see(torch.zeros(3, 4), torch.zeros(3))
     assert (zeros.rows, zeros.least) == (3, 1.0)
     rows = torch.eye(4)
     rows[0, 0] = torch.nan
     other.see(rows, rows.norm(dim=1))
     assert (other.rows, other.least) == (3, 0.0)
-    monkeypatch.setattr(collect, "collected", dead)
-    one_context = collect.units(recipe)[0]
+    monkeypatch.setattr(run, "collected", dead)
+    one_context = wanted.units(recipe)[0]
     with caplog.at_level(logging.WARNING):
-        collect.collect(recipe.model, [one_context], out=tmp_path / "acts")
+        collect(recipe.model, [one_context], out=tmp_path / "acts")
     assert next(text for text in caplog.messages if "all alike" in text).startswith(f"layer {LAYERS[1]}:")
     assert not any(text.startswith(f"layer {LAYERS[0]}:") for text in caplog.messages)
 
@@ -328,36 +332,34 @@ def test_vectors_that_are_all_alike_are_told(
 def test_values_beyond_half_precision_are_refused(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = collect.collected
+    honest = run.collected
 
     def large(*args: object, **options: object) -> object:
         for layer, indices, resid_KD in honest(*args, **options):
             resid_KD[0, 0] = torch.inf  # which is none that was lost
             yield layer, indices, resid_KD * 1e5
 
-    monkeypatch.setattr(collect, "collected", large)
+    monkeypatch.setattr(run, "collected", large)
     with pytest.raises(ValueError, match=r"layer [13]: values up to .* do not fit F16.*use BF16 or F32"):
-        collect.collect(recipe.model, collect.units(recipe), out=tmp_path / "acts", dtype="F16")
+        collect(recipe.model, wanted.units(recipe), out=tmp_path / "acts", dtype="F16")
     assert not list((tmp_path / "acts").glob(".*"))
 
 
 def test_a_unit_knows_its_keys_and_parts() -> None:
     contexts = [np.array([5, 6, 7], np.int32), np.array([5, 6, 8, 9], np.int32)]
-    [unit] = collect.units_of(
-        contexts, Wanted(np.array([1, 0, 1]), np.array([2, 2, 2]), np.array([3, 1, 1])), unit_tokens=40
-    )
+    [unit] = units_of(contexts, Wanted(np.array([1, 0, 1]), np.array([2, 2, 2]), np.array([3, 1, 1])), unit_tokens=40)
     keys = unit.keys()
     assert keys.tolist() == [context_keys(contexts[c])[p].tolist() for c, p in [(0, 1), (1, 1), (1, 3)]]
     assert keys[0].tolist() == keys[1].tolist()
-    [left] = collect.remaining([unit], None)
+    [left] = remaining([unit], None)
     assert left.wanted.positions.tolist() == [1, 3]
     assert [len(ids) for ids in left.contexts] == [2, 4]
-    assert list(collect.units_of([], Wanted(*(np.empty(0, int),) * 3), unit_tokens=40)) == []
+    assert list(units_of([], Wanted(*(np.empty(0, int),) * 3), unit_tokens=40)) == []
 
 
 def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "acts"
-    collect.collect(recipe.model, collect.units(recipe), out=out)
+    collect(recipe.model, wanted.units(recipe), out=out)
     page = text(inspect(out))
     assert re.search(r"acts: an activation cache\n", page)
     assert re.search(r"\n  layer 3 +\d+ rows, norms [\d.]+ \[", page)

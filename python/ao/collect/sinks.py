@@ -1,0 +1,114 @@
+"""Where collected rows go: a unit of a cache, or a plain file.
+
+Shapes: K rows, D d_model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save as serialize
+
+from ao._ao import ActivationWriter
+from ao.cache import PLAIN, ActivationCache
+from ao.collect.wanted import Unit
+from ao.manifest import canonical_json, write_atomic
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Types of rows by the name that safetensors gives them."""
+
+
+class Sink(Protocol):
+    """Where rows go."""
+
+    def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """Take rows [K, D] of a layer over, in CPU memory: values `indices` [K] of what the unit wants."""
+
+    def finish(self) -> None:
+        """Put the unit in its place."""
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+
+
+class CacheSink(Sink):
+    """A unit of the cache."""
+
+    def __init__(
+        self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
+    ) -> None:
+        self._keys = unit.keys()
+        self._writer = ActivationWriter(
+            out,
+            run=run,
+            unit=number,
+            contract_json=canonical_json(contract),
+            dtype=dtype,
+            width=width,
+            layers=np.unique(unit.wanted.layers).tolist(),
+        )
+
+    def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """Have rows copied to the writer."""
+        bits = torch.int32 if rows_KD.dtype == torch.float32 else torch.int16
+        self._writer.append(layer, self._keys[indices], norms_K.numpy(), rows_KD.view(bits).numpy())
+
+    def finish(self) -> None:
+        """Write the index."""
+        self._writer.finish()
+
+    def abandon(self) -> None:
+        """Remove the files."""
+        self._writer.abandon()
+
+
+class PlainSink(Sink):
+    """A plain safetensors file of a unit."""
+
+    def __init__(self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit) -> None:
+        self._path, self._unit = out / f"{run}-{number:05d}{PLAIN.removeprefix('*')}", unit
+        self._metadata = {"ao": canonical_json({"kind": "plain_activations", "schema": 1, "contract": contract})}
+        self._indices: list[np.ndarray] = []
+        self._rows: list[torch.Tensor] = []
+
+    def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """Keep rows in memory."""
+        self._indices.append(indices)
+        self._rows.append(rows_KD)
+
+    def finish(self) -> None:
+        """Write the file."""
+        indices = np.concatenate(self._indices) if self._indices else np.empty(0, np.int64)
+        wanted, lengths = self._unit.wanted, [len(ids) for ids in self._unit.contexts]
+        order = np.argsort(indices)
+        tensors = {
+            "activations": torch.cat(self._rows)[torch.from_numpy(order)] if self._rows else torch.empty(0, 0),
+            "context": torch.from_numpy(wanted.contexts.astype(np.int32)),
+            "layer": torch.from_numpy(wanted.layers.astype(np.int32)),
+            "position": torch.from_numpy(wanted.positions.astype(np.int32)),
+            "ids": torch.from_numpy(np.concatenate([np.empty(0, np.int32), *self._unit.contexts]).astype(np.int32)),
+            "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, serialize(tensors, metadata=self._metadata))
+
+    def abandon(self) -> None:
+        """Forget the rows."""
+        self._rows.clear()
+
+
+def finish_cache(out: Path) -> dict[str, Any]:
+    """The manifest and the picture of a cache that is whole now; returns the statistics by layer."""
+    from ao.plots import norm_chart
+
+    try:
+        cache = ActivationCache.open(out)
+    except FileNotFoundError:
+        return {}
+    layers = cache.write_manifest()["layers"]
+    if layers:
+        norm_chart(out / "norms.png", {layer: cache.layer(layer).norms for layer in cache.layers}, title=out.name)
+    return layers
