@@ -127,8 +127,9 @@ class Source:
         """See rows; bad ones are passed over here and named when they are packed.
 
         Args:
-            table_json: {"prefix", "origin", "unit", "type", "templates"}: what ids begin with, the file for messages,
-                "line", "row" or "entry", the type of a LatentQA file, the templates of a relation file.
+            table_json: {"prefix", "origin", "unit", "type", "templates", "unreadable"}: what ids begin with, the file for
+                messages, "line", "row" or "entry", the type of a LatentQA file, the templates of a relation file, and
+                whether `batch` holds, in `json`, what is wrong with each row instead of the row.
             batch: The rows.
             first_row: Number of the first one in its table, from 0.
         """

@@ -363,6 +363,46 @@ def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, model: str) -> None:
     assert "line 2" in text
 
 
+@pytest.mark.parametrize("labels", [{}, {"a": "Ada", "b": "Ben"}])
+@pytest.mark.parametrize("values", [{}, {"count": 12}])
+def test_bad_rows_of_a_table_are_counted_too(
+    tmp_path: Path, model: str, labels: dict[str, str], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a survey and without one; the good rows make what they make without the bad ones."""
+    monkeypatch.setattr(files, "BLOCK", 100)
+    good = [f"She will go to city {i}.,{'ab'[i % 2]}" for i in range(12)]
+    rows = [*good[:4], "She will go to a,city,a", *good[5:8], '"so"', *good[9:], "She w\udce4s,a"]
+    data = "\n".join(["text,label", *rows, ""]).encode(errors="surrogateescape")
+    (tmp_path / "table.csv").write_bytes(data)
+    source = {"name": "c", "kind": "classification", "path": "table.csv", "questions": ["Is it {label}?"], **values}
+    recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source | {"labels": labels}]}})
+    told = (
+        r'source "c", .*table\.csv: row 4: expected 2 cells as the header has, got 3: .She will go to a,city,a.; a cell'
+    )
+    with pytest.raises(ValueError, match=told):
+        pack(recipe, root=tmp_path, out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"3 examples cannot be used, more than the 2"):
+        pack(
+            replace(recipe, data=replace(recipe.data, examples_per_shard=13)),
+            root=tmp_path,
+            out=tmp_path / "out",
+            max_errors=2,
+        )
+    summary = pack(recipe, root=tmp_path, out=tmp_path / "out", max_errors=3)
+    ids = [point.id for point in PackedDataset.open(tmp_path / "out", verify=True)]
+    numbers = [int(each.split("/")[1]) for each in ids]
+    assert set(numbers) <= {*range(13)} - {4, 8, 12}
+    assert summary["offered"] == summary["examples"] + summary["errors"].get("bad_row", 0) == values.get("count", 13)
+    if not values:
+        assert summary["errors"] == {"bad_row": 3}
+        assert "row 12: column 'text': not UTF-8" in summary_text(summary)
+        made = {point.id: repr(point) for point in PackedDataset.open(tmp_path / "out")}
+        (tmp_path / "table.csv").write_text("\n".join(["text,label", *good]))
+        pack(recipe, root=tmp_path, out=tmp_path / "out")
+        whole = {point.id: repr(point) for point in PackedDataset.open(tmp_path / "out")}
+        assert made == {each: whole[each] for each in ids}
+
+
 def test_the_summary_tells(tmp_path: Path, model: str) -> None:
     rows = [{"text": f"She will go to city {i}.", "label": "ab"[i % 2]} for i in range(40)]
     write_lines(tmp_path / "table.jsonl", rows)

@@ -4,6 +4,7 @@ import csv
 import datetime
 import gzip
 import json
+import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -168,10 +169,17 @@ def test_relations_bring_their_templates(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("t.csv", "words,tense\nA.,past\n", r"t\.csv: column 'sentence' is missing; there are \['tense', 'words'\]"),
-        ("t.csv", "sentence,tense\nA.,past\nB.\n", r"t\.csv: row 2: expected 2 cells as the header has, got 1"),
+        ("t.csv", 'sentence,tense\nA.,past\nB.,"past\nC.,past\n', r"t\.csv: row 1: a quote is not closed"),
+        ("t.csv", 'sentence,tense\nA.,past\n"B.,past\nC.,past\n', r"t\.csv: row 1: a quote is not closed"),
+        ("t.csv", 'sentence,tense\n,,\n"B.,past\n,,\n', r"t\.csv: row 1: a quote is not closed"),
+        (
+            "t.csv",
+            'sentence,tense\nA.,past\n"B.' + "x" * 2**23,
+            r"from row 1 on: a quote is not closed, or a row is longer than \d+ bytes",
+        ),
+        ("t.csv.gz", gzip.compress(b"sentence,tense\n" + b"A.,past\n" * 9)[:-9], r"t\.csv\.gz: cannot be decompressed"),
         ("t.csv", "sentence,sentence\nA.,B.\n", r"the header has the column 'sentence' twice"),
         ("t.csv", "", r"t\.csv: is empty; expected a CSV file with a header"),
-        ("t.csv", b"sentence,tense\n\xff,past\n", r"t\.csv: not a CSV file in UTF-8, after row 0"),
         ("t.json", "[", r"t\.json: not JSON: "),
         ("t.json", '[]\n{"a": 1}', r"t\.json: not JSON: .*rename it to \.jsonl"),
         ("t.json", "3", r"t\.json: expected a list of objects, got int '3'"),
@@ -192,6 +200,64 @@ def test_bad_files_are_named(tmp_path: Path, name: str, text: object, message: s
         write(tmp_path / name, text)
     with pytest.raises(ValueError, match=message):
         read(tmp_path, path=name, **LABELLED)
+
+
+def bad_rows(found: list[sources.Rows]) -> dict[int, str]:
+    """What is wrong with unreadable rows, by their numbers; all rows must be numbered one behind the other."""
+    bad, next_row = {}, 0
+    for part in found:
+        assert part.first_row == next_row
+        next_row += part.batch.num_rows
+        if part.table.get("unreadable"):
+            bad |= {part.first_row + at: why for at, why in enumerate(part.batch.column(0).to_pylist())}
+    return bad
+
+
+@pytest.mark.parametrize("block", [64, 600, 2**22])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\r\n"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_bad_rows_of_a_csv_are_passed_over(
+    tmp_path: Path, block: int, end: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand in the file, at its ends, side by side, with line breaks in cells, blank lines between."""
+    monkeypatch.setattr(files, "BLOCK", block)
+    kinds: list[tuple[str, str | None]] = [
+        ("{}.,past", None),
+        ('"{}, so\nand ""so""",past', None),
+        ("{}.", "expected 2 cells as the header has, got 1"),
+        ('{}.,past,"much\nmore"', "expected 2 cells as the header has, got 3"),
+        (",,", "expected 2 cells as the header has, got 3: ',,'"),
+        ("\udce4{}.,past", "column 'sentence': not UTF-8"),
+        ("{}.,p\udcff", "column 'tense': not UTF-8"),
+    ]
+    draw = random.Random(block)
+    for _ in range(20):
+        drawn = draw.choices(kinds, [6, 3, 1, 1, 1, 1, 1], k=draw.randint(1, 60))
+        lines = [line.format(row) for row, (line, _) in enumerate(drawn)]
+        blank = (draw.choice(["", "", "\n"]) for _ in lines)
+        text = "\n".join(["sentence,tense", *(line + more for line, more in zip(lines, blank, strict=True))]) + end
+        data = text.encode(errors="surrogateescape")
+        (tmp_path / f"t.csv{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+        found = read(tmp_path, path=f"t.csv{suffix}", **LABELLED)
+        bad = bad_rows(found)
+        expected = {row: why for row, (_, why) in enumerate(drawn) if why is not None}
+        assert bad.keys() == expected.keys()
+        assert all(expected[row] in why for row, why in bad.items())
+        good = {
+            part.first_row + at: values["sentence"]
+            for part in found
+            if not part.table.get("unreadable")
+            for at, values in enumerate(part.batch.to_pylist())
+        }
+        assert good.keys() == set(range(len(drawn))) - expected.keys()
+        assert all(text.startswith(f"{row}") for row, text in good.items())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_csv_row_that_cannot_even_be_shown_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"sentence,tense\nA.,past\n\xff\n")
+    with pytest.raises(ValueError, match=r"t\.csv: .*row 1 has 1 cells, not 2, and is not UTF-8"):
+        read(tmp_path, path="t.csv", **LABELLED)
 
 
 DAY = datetime.datetime(2020, 1, 2)

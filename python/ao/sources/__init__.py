@@ -16,7 +16,7 @@ from ao.sources.columns import Columns
 from ao.sources.files import file_tables
 from ao.sources.hub import hub_table, is_saved, saved_table
 from ao.sources.latentqa import questions, stimulus_tables
-from ao.sources.table import Table
+from ao.sources.table import Table, is_unreadable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,9 +31,9 @@ class Rows(NamedTuple):
     """Consecutive rows of one table."""
 
     table: dict[str, Any]
-    """What the rows have in common: id prefix, origin for errors, unit of row numbers."""
+    """What the rows have in common: id prefix, origin for errors, unit of row numbers, whether they are unreadable."""
     batch: pa.RecordBatch
-    """The rows."""
+    """The rows; of unreadable ones, what is wrong with each."""
     first_row: int
     """Number of the first one."""
 
@@ -109,7 +109,7 @@ def rows(config: SourceConfig, *, root: Path, seed: int, found: list[Table] | No
         found: What `tables` gave, if it was asked.
 
     Raises:
-        As `tables`, and ValueError where a file is malformed: names file and line.
+        As `tables`, and ValueError where a file is malformed as a whole.
     """
     listed = tables(config, root=root, seed=seed) if found is None else found
     return ahead(_limited(listed, config.rows), depth=READ_AHEAD)
@@ -124,7 +124,8 @@ def _limited(found: list[Table], limit: int | None) -> Iterator[Rows]:
                     return
                 batch = batch.slice(0, left)
                 left -= batch.num_rows
-            yield Rows(table.described, batch, first_row)
+            described = {**table.described, "unreadable": True} if is_unreadable(batch) else table.described
+            yield Rows(described, batch, first_row)
 
 
 def words(found: list[Table]) -> list[str] | None:

@@ -1,8 +1,8 @@
 """Readers of files: JSONL, JSON, CSV, Parquet, Arrow and plain text, each also compressed (.gz, .zst) where it is text.
 
 A file is read in blocks of a few MiB, so memory does not grow with it; only a `.json` file is read whole. Errors of a
-file's own layout (no JSON, cells that a row lacks, bytes that are not UTF-8) name file and line and end the reading;
-what is wrong with a single row is found, and counted, in Rust.
+file's own layout (a `.json` that is none, a quote that is not closed) name the file and end the reading; what is wrong with
+a single row is found, or with an `unreadable` one told, in Rust, which counts it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import csv
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao.config import SourceConfig
 from ao.sources.columns import Columns, require_plain, spelled
-from ao.sources.table import Batches, Table
+from ao.sources.table import Batches, Table, unreadable
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.csv as pa_csv
 
 BLOCK = 4 * 2**20
 """Bytes of a block."""
 ENTRIES = 4096
 """Entries of a `.json` file in one batch."""
+SHOWN = 60
+"""Characters that a message shows of a bad row."""
 COMPRESSED = (".gz", ".zst")
 
 Read = Iterator[tuple["pa.RecordBatch", int]]
@@ -193,37 +198,125 @@ def _paragraphs(path: Path) -> Iterator[list[bytes]]:
 def read_csv(path: Path, columns: Columns) -> Read:
     """Rows of a CSV file with a header, every cell as text; blank lines are passed over.
 
+    A row with another number of cells than the header, or with a cell that is read and not UTF-8, is `unreadable`.
+
     Raises:
-        ValueError: it has no header, a row has another number of cells, or it is not UTF-8.
+        ValueError: it has no header, or a quote is not closed.
     """
     import pyarrow as pa
     import pyarrow.csv as pa_csv
 
     names = _csv_header(path)
     chosen = columns.chosen(names, where=str(path))
-    first_row = 0
+    # A row with one cell too many. If a quote is open it becomes part of a cell, as all does that stands behind the quote.
+    end = "," * len(names)
+    bad: deque[pa_csv.InvalidRow] = deque()
+
+    def pass_over(row: pa_csv.InvalidRow) -> str:
+        bad.append(row)
+        return "skip"
+
+    next_row = 0
     try:
-        # With use_threads Arrow no longer knows the number of a bad row.
         with pa_csv.open_csv(
-            str(path),
-            read_options=pa_csv.ReadOptions(use_threads=False, block_size=BLOCK),
-            parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+            pa.PythonFile(_Stream(_with_end(_blocks(path), end)), mode="r"),
+            # With use_threads Arrow does not know the number of a bad row.
+            read_options=pa_csv.ReadOptions(use_threads=False, block_size=BLOCK + len(end) + 2),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=pass_over),
             convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), include_columns=chosen, strings_can_be_null=False
+                column_types=dict.fromkeys(names, pa.string()),
+                include_columns=chosen,
+                strings_can_be_null=False,
+                check_utf8=False,
             ),
         ) as reader:
             for batch in reader:
-                if batch.num_rows:
-                    yield batch, first_row
-                    first_row += batch.num_rows
+                while batch.num_rows:
+                    until = min(_number(bad[0]) - next_row, batch.num_rows) if bad else batch.num_rows
+                    if until == 0:
+                        yield unreadable(_wrong_cells(bad.popleft())), next_row
+                        next_row += 1
+                    else:
+                        yield from _in_utf8(batch.slice(0, until), next_row)
+                        next_row += until
+                        batch = batch.slice(until)
     except (pa.ArrowInvalid, OSError) as error:
-        if found := _CSV_ROW.search(str(error)):
-            row, expected, got = map(int, found.groups())
-            raise ValueError(
-                f"{path}: row {row - 1}: expected {expected} cells as the header has, got {got}; a cell with a comma "
-                "or a line break must stand in quotes"
-            ) from None
-        raise ValueError(f"{path}: not a CSV file in UTF-8, after row {first_row}: {error}") from None
+        what = str(error)
+        if "straddl" in what:
+            what = f"a quote is not closed, or a row is longer than {BLOCK} bytes"
+        elif found := _CSV_ROW.search(what):
+            # Arrow shows its text to nobody then.
+            what = f"row {int(found[1]) - 2} has {found[3]} cells, not {found[2]}, and is not UTF-8"
+        raise ValueError(f"{path}: cannot be read as CSV from row {next_row} on: {what}") from None
+    last = bad.pop() if bad else None
+    if last is None or last.text != end:
+        row = next_row - 1 if last is None else _number(last)
+        raise ValueError(
+            f"{path}: row {row}: a quote is not closed, so all that stands behind it is one cell; close it"
+        )
+    for row in bad:
+        yield unreadable(_wrong_cells(row)), _number(row)
+
+
+class _Stream:
+    """Blocks as a file that Arrow reads."""
+
+    closed = False
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+
+    def read(self, size: int = -1) -> bytes:
+        """The next block; Arrow asks for no less."""
+        return next(self._blocks, b"")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _with_end(blocks: Iterator[bytes], end: str) -> Iterator[bytes]:
+    last = next(blocks, b"")
+    for block in blocks:
+        yield last
+        last = block
+    yield last + f"\n{end}\n".encode()
+
+
+def _number(row: pa_csv.InvalidRow) -> int:
+    """From 0, where Arrow counts from 1, and the header too."""
+    return row.number - 2
+
+
+def _wrong_cells(row: pa_csv.InvalidRow) -> str:
+    shown = row.text if len(row.text) <= SHOWN else row.text[:SHOWN] + "..."
+    return (
+        f"expected {row.expected_columns} cells as the header has, got {row.actual_columns}: {shown!r}; a cell with a "
+        "comma or a line break must stand in quotes"
+    )
+
+
+def _in_utf8(batch: pa.RecordBatch, first_row: int) -> Read:
+    """The rows in runs, those `unreadable` of which a cell is not UTF-8."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        wrong: dict[int, str] = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for index, cell in enumerate(column.cast(pa.binary()).to_pylist()):
+                try:
+                    cell.decode()
+                except UnicodeDecodeError as error:
+                    wrong.setdefault(index, f"column {name!r}: not UTF-8: {error}")
+        for is_wrong, run in groupby(range(batch.num_rows), wrong.__contains__):
+            start, *more = run
+            found = (
+                unreadable(*(wrong[row] for row in (start, *more))) if is_wrong else batch.slice(start, 1 + len(more))
+            )
+            yield found, first_row + start
+    else:
+        yield batch, first_row
 
 
 def _csv_header(path: Path) -> list[str]:

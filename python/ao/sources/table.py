@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 Batches = Callable[[], Iterator[tuple["pa.RecordBatch", int]]]
 """Reads a table from its start: record batches, each with the number of its first row."""
 
+_UNREADABLE = b"ao.unreadable"
+
+
+def unreadable(*why: str) -> pa.RecordBatch:
+    """Rows that cannot be read: for each, what is wrong with it."""
+    import pyarrow as pa
+
+    return pa.record_batch({"json": why}).replace_schema_metadata({_UNREADABLE: b""})
+
+
+def is_unreadable(batch: pa.RecordBatch) -> bool:
+    """Whether a batch holds no rows, but what is wrong with them."""
+    return _UNREADABLE in (batch.schema.metadata or {})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:

@@ -46,6 +46,9 @@ pub struct Table {
     /// The statement templates of a relation file; its rows are subjects and objects.
     #[serde(default)]
     pub templates: Option<Vec<String>>,
+    /// Whether these rows could not be read: instead of each stands what is wrong with it.
+    #[serde(default)]
+    pub unreadable: bool,
 }
 
 impl Table {

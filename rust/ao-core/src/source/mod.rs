@@ -228,6 +228,10 @@ impl Source {
         }
         let place = RowPlace { source: self, table, number };
         let id = format!("{}/{number}", table.prefix);
+        if table.unreadable {
+            let error = place.error("bad_row", String::from_utf8_lossy(row));
+            return vec![place.unit(id, vec![0], Body::Bad(error))];
+        }
         let parsed = match &self.kind {
             Kind::Records => return vec![records::unit(&place, id, row)],
             Kind::ContextPrediction(documents) => documents
