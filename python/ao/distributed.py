@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessException
 
 Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=7)
+"""How long patient ranks wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,19 @@ class Ranks:
             dist.barrier()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add a tensor up over all ranks, in place."""
+        """Add a tensor up over all ranks, in place; patient ranks only add up what lies in CPU memory."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
 
 @contextmanager
-def ranks(device: torch.device) -> Iterator[Ranks]:
+def ranks(device: torch.device, *, patient: bool = False) -> Iterator[Ranks]:
     """Join the other processes that torchrun or `launch` started, and leave them at the end.
+
+    Ranks that work in step are told after minutes that one hangs, which is what the library's timeouts are for. `patient`
+    ones do each their own work and meet when the last one is done, maybe hours later: they wait up to `PATIENCE`, off the
+    GPU, where waiting would keep it busy.
 
     Each CPU rank takes no more than its share of the cores, as ranks of many threads get in each other's way, and no more
     threads than torch was set to before.
@@ -61,7 +69,8 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // world)))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    in_step = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group("gloo" if patient else in_step, timeout=PATIENCE if patient else None)
     try:
         yield Ranks(rank=dist.get_rank(), world=world, device=device)
     finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.multiprocessing import active_children
 
-from ao.distributed import launch, ranks
+from ao.distributed import PATIENCE, launch, ranks
 
 
 def add_up(failing: int | None) -> tuple[int, list[float], int]:
@@ -55,6 +56,20 @@ def test_ranks_take_no_more_threads_than_they_were_given(monkeypatch):
         assert launch(threads_of_all, 16, processes=2) == [3.0, 3.0]
     finally:
         torch.set_num_threads(before)
+
+
+def timeout(patient: bool) -> timedelta:
+    """How long these ranks wait for each other, of which one sum is proof that they do."""
+    with ranks(torch.device("cpu"), patient=patient) as here:
+        assert here.sum_(torch.ones(1)).tolist() == [2.0]
+        group = torch.distributed.group.WORLD
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_patient_ranks_wait_for_days_and_others_for_the_librarys_minutes():
+    assert launch(timeout, True, processes=2) == PATIENCE
+    assert timedelta(days=1) < PATIENCE < timedelta(milliseconds=2**31)  # a system call takes it as 32 bits
+    assert launch(timeout, False, processes=2) <= timedelta(minutes=30)
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["in the middle", "at the end"])

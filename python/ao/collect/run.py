@@ -82,7 +82,7 @@ def collect(
     """
     out = Path(out)
     started = time.perf_counter()
-    with ranks(resolve_device(model.device)) as here:
+    with ranks(resolve_device(model.device), patient=True) as here:
         contract = contract_of(model, adapter)
         if dtype is None:
             dtype = "F32" if plain else next(name for name, each in DTYPES.items() if each == COMPUTED[model.precision])
@@ -222,7 +222,7 @@ def _together(tally: Tally, here: Ranks) -> dict[str, Any]:
     """The counts of all ranks, added up; behind this every rank has finished."""
     own = [tally.rows, tally.tokens, tally.collect_seconds, tally.writer_seconds]
     speed = tally.tokens / tally.collect_seconds if tally.collect_seconds else 0.0
-    sums = here.sum_(torch.tensor([*own, speed], dtype=torch.float64, device=here.device)).tolist()
+    sums = here.sum_(torch.tensor([*own, speed], dtype=torch.float64)).tolist()
     rows, tokens, collect_seconds, writer_seconds, speed = sums
     return {
         "rows": int(rows),
