@@ -13,15 +13,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import corpus
 import measure
@@ -32,47 +29,11 @@ from ao.collect.sinks import CacheSink
 from ao.collect.wanted import UNIT_TOKENS, every_position
 from ao.models import arch as archs
 from ao.models.adapters import as_target
-from ao.models.load import DTYPES, freeze, fuse_norms
+from ao.models.load import DTYPES, fuse_norms
 from ao.residuals import collected
+from shapes import SHAPES, built
 
 TOKENS_PER_ROW = 8192
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A text tower of the Gemma 4 family: local and full attention, keys that are also values in the full layers."""
-
-    settings: dict[str, Any]
-    """What its configuration says where the family's default is another."""
-    precision: str
-    """As in a recipe."""
-    layers: tuple[int, ...]
-    """What is read: 25, 50 and 75 %."""
-    tokens: int
-    """Context tokens of a pass."""
-
-
-FAMILY = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0}
-SHAPES = {
-    "small": Shape(
-        {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 32_768,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
-            "num_global_key_value_heads": 2, "global_head_dim": 256, "sliding_window": 512,
-            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
-        },
-        precision="fp32", layers=(2, 4, 6), tokens=8192,
-    ),
-    "gemma-4-31b": Shape(
-        {
-            "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 60, "vocab_size": 262_144,
-            "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 256,
-            "num_global_key_value_heads": 4, "global_head_dim": 512, "sliding_window": 1024,
-            "max_position_embeddings": 262_144,
-        },
-        precision="nf4", layers=(15, 30, 45), tokens=262_144,
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -88,6 +49,7 @@ def main() -> None:
         raise SystemExit(f"--shape {args.shape} needs a GPU of 40 GB, and torch sees none; take --shape small")
     precision = args.precision or shape.precision
     model = built(shape.settings, precision, torch.device("cuda" if on_gpu else "cpu"))
+    fuse_norms(model)
     contexts = drawn(args.tokens or shape.tokens // (10 if args.quick else 1), vocab=model.config.vocab_size)
     with tempfile.TemporaryDirectory(dir=corpus.cache_folder(), prefix=".collect-") as folder, as_target(model):
         passes = Passes(model, shape.layers, Path(folder))
@@ -191,51 +153,6 @@ def require_equal(cache: ActivationCache, kept: dict[int, list[Any]]) -> None:
         found = cache.layer(layer).find(keys)
         if len(found) != len(cache.layer(layer)) or not np.array_equal(cache.layer(layer).gather(found), rows_KD):
             raise SystemExit(f"layer {layer}: the cache does not give back what was read")
-
-
-# --- Building --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def built(settings: dict[str, Any], precision: str, device: torch.device) -> PreTrainedModel:
-    """A frozen text tower; no more of it than one matrix is ever on the device in full precision."""
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING["gemma4_text"](**FAMILY, **settings)
-    dtype = DTYPES[precision]
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if precision == "nf4":
-        for name in archs.linears(archs.find(model)):
-            linear = model.get_submodule(name)
-            model.set_submodule(name, four_bit(random_like(linear.weight, dtype, device)))
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                setattr(module, name, nn.Parameter(random_like(parameter, dtype, device), requires_grad=False))
-    model.tie_weights()
-    model.to(device)  # the buffers
-    freeze(model)
-    fuse_norms(model)
-    return model
-
-
-def random_like(parameter: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A matrix that keeps variances as they are; gains of one."""
-    if parameter.ndim == 1:
-        return torch.ones(parameter.shape, dtype=dtype, device=device)
-    return torch.randn(parameter.shape, dtype=dtype, device=device) * parameter.shape[-1] ** -0.5
-
-
-def four_bit(weight: torch.Tensor) -> nn.Module:
-    """A linear as a recipe's NF4 makes it."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    linear = Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
-    )
-    quantized = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear)
-    linear.weight = quantized.to(weight.device)
-    return linear
 
 
 if __name__ == "__main__":
