@@ -63,7 +63,7 @@ class Pack:
 class Inspect:
     """Show a packed data set or its datapoints, and check that it is whole. Exits with 1 where --verify finds a problem.
 
-    Also says what an unfinished build, a shard, a plan, an adapter or a run's folder is, and what to do with it.
+    Also says what an unfinished build, a shard, a plan, activations, an adapter or a run's folder is, and what to do with it.
     """
 
     path: tyro.conf.Positional[Path]

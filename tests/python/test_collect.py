@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -254,10 +255,39 @@ def test_plain_files_are_read_with_numpy_alone(recipe: Recipe, target: torch.nn.
         ):
             ids = arrays["ids"][slice(*arrays["offsets"][context : context + 2])]
             np.testing.assert_allclose(row, hidden(target, ids, layer)[position], rtol=1e-4, atol=1e-4)
+    with safe_open(files[0], framework="np") as file:
+        about = json.loads(file.metadata()["ao"])
+    assert (about["kind"], about["schema"], about["unit"]) == ("plain_activations", 1, 0)
+    assert about["contract"] == contract_of(recipe.model)
+    assert {"model", "weights", "revision", "precision", "tokenizer", "template", "reads"} < set(about["contract"])
+    rows = load_file(files[0])
+    assert [about["dtype"], about["width"]] == ["F32", rows["activations"].shape[1]]
+    assert about["rows"] == {str(layer): int((rows["layer"] == layer).sum()) for layer in np.unique(rows["layer"])}
     before = content(tmp_path / "plain")
     files[0].unlink()
     collect(recipe.model, wanted.units(recipe), out=tmp_path / "plain", plain=True)
     assert content(tmp_path / "plain") == before
+
+
+def test_plain_files_are_inspected(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    record = collect(recipe.model, wanted.units(recipe), out=out, plain=True)
+    files = sorted(out.iterdir())
+    page = text(inspect(files[1]))
+    assert page.startswith(f"{files[1]}: plain activations\n")
+    assert re.search(r"\n  model +demo\n", page)
+    assert re.search(r"\n  rows +F32, 96 values\n", page)
+    shown = [int(rows) for rows in re.findall(r"layer \d +(\d+) rows", text(inspect(out)))]
+    assert (len(shown), sum(shown)) == (len(LAYERS), record["rows"])
+    assert re.search(rf"\n  files +{len(files)}\n", text(inspect(out)))
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare", metadata={"ao": '{"kind": "plain_activations"}'})
+    with pytest.raises(ValueError, match=r"bare: its header lacks contract, dtype, width, rows; collect it again"):
+        inspect(tmp_path / "bare")
+    with pytest.raises(ValueError, match="plain activations, without datapoints"):
+        inspect(out, check=True)
+    collect(recipe.model, wanted.units(recipe, prompt="Hello?"), out=out, plain=True, dtype="F16")
+    with pytest.raises(ValueError, match=r"plain\.safetensors: of the files in .*dtype 'F.*one by one"):
+        inspect(out)
 
 
 def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:

@@ -112,11 +112,8 @@ def collect(
             )
             with wearing, bar:
                 for number, unit in todo.items():
-                    sink: Sink = (
-                        PlainSink(out, run, number, contract, unit)
-                        if plain
-                        else CacheSink(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
-                    )
+                    kind = PlainSink if plain else CacheSink
+                    sink: Sink = kind(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
                     rows = collected(
                         target, arch, unit.contexts, unit.wanted, tokens_per_row=tokens_per_row, progress=bar.update
                     )

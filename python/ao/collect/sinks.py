@@ -68,11 +68,25 @@ class CacheSink(Sink):
 class PlainSink(Sink):
     """A plain safetensors file of a unit."""
 
-    def __init__(self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit) -> None:
+    def __init__(
+        self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
+    ) -> None:
         self._path, self._unit = out / f"{run}-{number:05d}{PLAIN.removeprefix('*')}", unit
-        self._metadata = {"ao": canonical_json({"kind": "plain_activations", "schema": 1, "contract": contract})}
+        layers, counts = np.unique(unit.wanted.layers, return_counts=True)
+        about = {
+            "kind": "plain_activations",
+            "schema": 1,
+            "contract": contract,
+            "dtype": dtype,
+            "width": width,
+            "run": run,
+            "unit": number,
+            "rows": dict(zip(map(str, layers.tolist()), counts.tolist(), strict=True)),
+        }
+        self._metadata = {"ao": canonical_json(about)}
         self._indices: list[np.ndarray] = []
         self._rows: list[torch.Tensor] = []
+        self._empty = torch.empty(0, width, dtype=DTYPES[dtype])
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
         """Keep rows in memory."""
@@ -85,7 +99,7 @@ class PlainSink(Sink):
         wanted, lengths = self._unit.wanted, [len(ids) for ids in self._unit.contexts]
         order = np.argsort(indices)
         tensors = {
-            "activations": torch.cat(self._rows)[torch.from_numpy(order)] if self._rows else torch.empty(0, 0),
+            "activations": torch.cat([self._empty, *self._rows])[torch.from_numpy(order)],
             "context": torch.from_numpy(wanted.contexts.astype(np.int32)),
             "layer": torch.from_numpy(wanted.layers.astype(np.int32)),
             "position": torch.from_numpy(wanted.positions.astype(np.int32)),

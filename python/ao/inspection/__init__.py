@@ -39,7 +39,7 @@ def inspect(
     """Say what a path holds.
 
     Args:
-        path: A packed data set, an unfinished one, a shard, a plan, an adapter, or a run's folder.
+        path: A packed data set, an unfinished one, a shard, a plan, activations, an adapter, or a run's folder.
         rows: Datapoints to show, by number; negative ones count from the end.
         ids: Datapoints to show, by the ids of their examples.
         check: Check checksums and contents instead.

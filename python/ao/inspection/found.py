@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ao.cache import INDEX, ActivationCache
-from ao.manifest import read_manifest
+from ao.cache import INDEX, PLAIN, ActivationCache
+from ao.manifest import read_manifest, require_match
 from ao.shards import PackedDataset
 from ao.summary import added_up
 
@@ -19,10 +20,14 @@ KINDS = {
     "shard": "a shard of a packed data set",
     "plan": "the plan of an epoch",
     "activations": "an activation cache",
+    "plain": "plain activations",
     "adapter": "an oracle's adapter",
     "run": "a folder of artifacts",
 }
 """What each kind is, in words."""
+
+_OF_ONE_KIND = ("contract", "dtype", "width")
+"""What plain files that are shown together have in common."""
 
 
 class Found:
@@ -72,6 +77,8 @@ def find(path: Path) -> Found:
         return _file(path)
     if any(path.glob(INDEX)):
         return _activations(path)
+    if plain := sorted(path.glob(PLAIN)):
+        return _plain(path, plain)
     if (path / "manifest.json").is_file():
         return _packed(path)
     if list(path.glob("shard-*.safetensors")) or list(path.glob("part-*-of-*.json")) or path.suffix == ".partial":
@@ -100,21 +107,11 @@ def _file(path: Path) -> Found:
         return find(path.parent)
     if path.suffix == ".toml":
         raise ValueError(f"{path}: a recipe; build its data set with ao-pack {path}, then inspect that folder")
-    with open(path, "rb") as file:
-        header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
-    try:
-        metadata = json.loads(json.loads(header)["__metadata__"]["ao"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
-        ) from None
+    metadata = _metadata(path)
+    if metadata.get("kind") == "plain_activations":
+        return _plain(path, [path])
     if "contract" in metadata:
-        what = (
-            "plain activations; docs/activations.md shows how they are read"
-            if "run" not in metadata
-            else (f"a file of an activation cache; inspect its folder, {path.parent}")
-        )
-        raise ValueError(f"{path}: {what}")
+        raise ValueError(f"{path}: a file of an activation cache; inspect its folder, {path.parent}")
     if metadata.get("kind") == "plan":
         from ao.plan import Plan
 
@@ -122,6 +119,21 @@ def _file(path: Path) -> Found:
         made_for = {"settings": metadata["settings"], "data": metadata["data"], "plan": plan.statistics()}
         return Found("plan", path, content=made_for)
     return Found("shard", path)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors file of ao's says of itself."""
+    with open(path, "rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
+    try:
+        metadata = json.loads(json.loads(header)["__metadata__"]["ao"])
+        if not isinstance(metadata, dict):
+            raise TypeError(f"expected an object, got {metadata!r}")
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: neither a shard nor a plan; give a folder that ao-pack wrote, or a file of it"
+        ) from None
+    return metadata
 
 
 def _packed(path: Path) -> Found:
@@ -162,6 +174,24 @@ def _activations(path: Path) -> Found:
             f"{len(new)} units are not in the manifest yet: it is being collected, or was stopped; the same ao collect goes on"
         )
     return Found("activations", path, content={"content": content}, notes=notes)
+
+
+def _plain(path: Path, files: Sequence[Path]) -> Found:
+    """A plain file, or a folder of them: what the rows of the first one are, and how many all have."""
+    abouts = [_metadata(file) for file in files]
+    first, rows = abouts[0], Counter[str]()
+    for file, about in zip(files, abouts, strict=True):
+        if lacking := [name for name in (*_OF_ONE_KIND, "rows") if name not in about]:
+            raise ValueError(f"{file}: its header lacks {', '.join(lacking)}; collect it again")
+        own = {name: about[name] for name in _OF_ONE_KIND}
+        expected = {name: first[name] for name in _OF_ONE_KIND}
+        require_match(
+            f"{file}: of the files in {path}", expected=expected, got=own, remedy="inspect the files one by one"
+        )
+        rows.update(about["rows"])
+    layers = {f"layer {layer}": f"{rows[layer]:,} rows" for layer in sorted(rows, key=int)}
+    content = {**first["contract"], "rows": f"{first['dtype']}, {first['width']} values", "files": len(files), **layers}
+    return Found("plain", path, content={"content": content}, notes=["docs/activations.md shows how they are read"])
 
 
 def _unfinished(path: Path) -> Found:
