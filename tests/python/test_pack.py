@@ -140,6 +140,28 @@ def test_each_layer_makes_a_datapoint(tmp_path: Path, model: str) -> None:
     assert [set(datapoint.layers.tolist()) for datapoint in data] == [{2}, {4}, {2}, {4}]
 
 
+@pytest.mark.parametrize("sources", ["layers one", "one layers"])
+def test_no_id_is_one_that_another_makes_for_a_layer(tmp_path: Path, model: str, sources: str) -> None:
+    of_layers = {"name": "layers", "kind": "records", "path": "layers.jsonl", "layers_per_example": "each"}
+    of_one = {"name": "one", "kind": "records", "path": "one.jsonl"}
+    both = [{"layers": of_layers, "one": of_one}[name] for name in sources.split()]
+    ids = {"layers": ["a", "b@L2"], "one": ["b", "c@L2", "a@L", "a@L2b", "d"]}
+
+    def packed(**more: list[str]) -> list[str]:
+        for name, own in ids.items():
+            write_lines(tmp_path / f"{name}.jsonl", [{**RECORDS[0], "id": each} for each in own + more.get(name, [])])
+        run(tmp_path, model, *both, read_depths=[0.25, 0.5])
+        return [point.id for point in PackedDataset.open(tmp_path / "packed", verify=True)]
+
+    assert len(set(packed())) == 9
+    told = {
+        "layers one": r'source "one", .*example "a@L2": another example makes .* of this form: "a@L2"; rename one of the two',
+        "one layers": r'source "layers", .*example "a": .* get "a@L" and their layer as ids, .*; rename one of the two',
+    }
+    with pytest.raises(ValueError, match=told[sources]):
+        packed(one=["a@L2"])
+
+
 def test_a_yes_or_no_keeps_its_labels(tmp_path: Path, model: str) -> None:
     """The generation prompt ends in an empty thought; the label is what follows it, whole."""
     records = [{**RECORDS[0], "id": answer, "answer": answer} for answer in ("Yes", "No")]

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::build::{Block, build, gather};
-use crate::datapoint::Common;
+use crate::datapoint::{Common, LayersPerExample};
 use crate::error::{Error, Result};
 use crate::folder::{BuildFolder, Identity, Part, ShardEntry, shard_name};
 use crate::frame::Framer;
@@ -49,7 +49,7 @@ pub struct PackWriter {
     max_errors: usize,
     folder: BuildFolder,
     done: BTreeMap<usize, ShardEntry>,
-    seen: HashSet<u128>,
+    given: Given,
     heads: Heads,
     prompts: Prompts,
     progress: Progress,
@@ -100,7 +100,7 @@ impl PackWriter {
             max_errors: run.max_errors,
             folder,
             done,
-            seen: HashSet::new(),
+            given: Given::default(),
             heads: Heads::default(),
             prompts: Prompts::new(),
             progress: Progress::default(),
@@ -151,8 +151,11 @@ impl PackWriter {
         if unit.source.has_own_ids() && !matches!(unit.body, Body::Bad(_)) {
             self.heads.give(&unit.id).map_err(|error| unit.error(0, error))?;
         }
-        if unit.source.has_own_ids() && !self.seen.insert(xxh3_128(unit.id.as_bytes())) {
-            unit.body = Body::Bad(unit.error(0, Error::RepeatedId));
+        if unit.source.has_own_ids() {
+            let layers = unit.source.layers_per_example.unwrap_or(self.common.layers_per_example);
+            if let Err(error) = self.given.give(&unit.id, layers == LayersPerExample::Each) {
+                unit.body = Body::Bad(unit.error(0, error));
+            }
         }
         while !unit.examples.is_empty() {
             let room = self.examples_per_shard - self.progress.offered % self.examples_per_shard;
@@ -284,6 +287,52 @@ impl Heads {
              unique in a data set, so rename the source, or the records"
         ))
     }
+}
+
+/// The ids that examples were given, as hashes.
+#[derive(Default)]
+struct Given {
+    /// The lowest bit says whether the example makes a datapoint for each layer.
+    ids: HashSet<u128>,
+    /// What stands before the `@L2` of ids of other examples.
+    stems: HashSet<u128>,
+}
+
+impl Given {
+    /// An example was given the id `id`, which no other example may have, and no datapoint of another one.
+    fn give(&mut self, id: &str, is_one_per_layer: bool) -> Result<()> {
+        let key = |text: &str, is_one_per_layer| xxh3_128(text.as_bytes()) & !1 | u128::from(is_one_per_layer);
+        if [false, true].iter().any(|&either| self.ids.contains(&key(id, either))) {
+            return Err(Error::RepeatedId);
+        }
+        self.ids.insert(key(id, is_one_per_layer));
+        let collides = if is_one_per_layer {
+            self.stems.contains(&key(id, false))
+        } else if let Some(stem) = stem(id) {
+            self.stems.insert(key(stem, false));
+            self.ids.contains(&key(stem, true))
+        } else {
+            false
+        };
+        if !collides {
+            return Ok(());
+        }
+        let what = if is_one_per_layer {
+            format!(
+                "its datapoints get {:?} and their layer as ids, and another example has such an id",
+                format!("{id}@L")
+            )
+        } else {
+            format!("another example makes a datapoint for each layer, and their ids are of this form: {id:?}")
+        };
+        Err(Error::value("duplicate_id", format!("{what}; rename one of the two")))
+    }
+}
+
+/// What stands before `@L` and a number at the end of an id.
+fn stem(id: &str) -> Option<&str> {
+    let (stem, layer) = id.rsplit_once("@L")?;
+    (!layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit())).then_some(stem)
 }
 
 impl Drop for PackWriter {
