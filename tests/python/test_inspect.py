@@ -201,6 +201,25 @@ def test_a_shard_of_which_nothing_was_kept_is_whole(tmp_path: Path, model: Path)
     assert "10 context_too_long" in shown(tmp_path / "packed")
 
 
+def test_a_duplicate_may_read_the_beginning_that_two_stored_contexts_have_in_common(
+    tmp_path: Path, model: Path
+) -> None:
+    texts = [f"The city of Paris is in France {end}." for end in ("today", "now")]
+    asked = {"question": "Is it?", "answer": "Yes"}
+    records = [
+        {"id": f"{at}{positions}", "context": text, "positions": positions, **asked}
+        for at, text in enumerate(texts)
+        for positions in ([0, 1], [-1])
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = {"name": "r", "kind": "records", "path": "records.jsonl"}
+    data = {"read_depths": [0.5], "sources": [source]}
+    pack(parse_recipe({"model": {"name": str(model)}, "data": data}), root=tmp_path, out=tmp_path / "packed")
+    counts = PackedDataset.open(tmp_path / "packed").manifest["counts"]
+    assert (counts["contexts"], counts["duplicates"]) == (2, 1)
+    assert verified(tmp_path / "packed") == []
+
+
 def test_an_example_is_found_by_its_id(packed: Path) -> None:
     def ids(example: str) -> list[str]:
         return [row["id"] for row in inspect(packed, ids=[example])["rows"]]

@@ -202,19 +202,20 @@ def _is_unanswerable(meta: bytes) -> bool:
 
 
 def _measured(shard: _Arrays) -> dict[str, Any]:
-    whole = zip(
-        shard.bytes_of("input_ids", "input_offsets"),
-        shard["context"].tolist(),
-        shard["context_length"].tolist(),
-        shard.bytes_of("read_positions", "placeholder_offsets"),
-        strict=True,
-    )
+    contexts = shard.bytes_of("context_ids", "context_offsets")
+    width = shard["context_ids"].itemsize
+    # By what is read, not by where it stands: two stored contexts may begin alike.
+    read = [
+        contexts[row][: length * width]
+        for row, length in zip(shard["context"].tolist(), shard["context_length"].tolist(), strict=True)
+    ]
+    positions = shard.bytes_of("read_positions", "placeholder_offsets")
+    whole = set(zip(shard.bytes_of("input_ids", "input_offsets"), read, positions, strict=True))
     return {
         "contexts": len(shard["context_offsets"]) - 1,
         "context_tokens": len(shard["context_ids"]),
         "placeholders": len(shard["placeholders"]),
-        # Equal contexts are stored once, so place and length stand for them.
-        "duplicates": len(shard.lengths_N) - len(set(whole)),
+        "duplicates": len(shard.lengths_N) - len(whole),
         "input_lengths": _histogram(shard.lengths_N),
         "context_lengths": _histogram(shard["context_length"]),
     }
