@@ -50,7 +50,8 @@ class Pack:
     make them OUT."""
     resume: bool = False
     """Go on with a build, or a part, that was stopped: shards that are finished are checked and kept. Nothing is done
-    where OUT is whole already; if a file of it is missing or has another size, it is built anew."""
+    where OUT is whole already; if a file of it is missing or has another size, or a version of ao with other rules
+    built it, it is built anew."""
     max_errors: int = 0
     """Pass over this many bad examples, counted by reason, before stopping; each part counts its own."""
     json: bool = False

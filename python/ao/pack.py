@@ -294,7 +294,7 @@ def _reads(config: Any) -> list[dict[str, Any]]:
 
 
 def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> tuple[list[Source], int | None]:
-    """The sources, ready to be packed, and how many examples they will give, where that is known."""
+    """The sources, ready to be packed, and how many examples they will give, or about how many, where that is known."""
     native = [_native(source, seed, root) for source in found]
     totals: list[int | None] = []
     with _bar("survey", " rows", None, show=progress and any(each.needs_survey for each in native)) as bar:
@@ -311,7 +311,10 @@ def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> 
                     "source %r has %d examples, fewer than its count of %d", source.config.name, total, source.count
                 )
             # Where the rows that are read just give the count, nothing is counted first.
-            totals.append(source.count if total is None else total)
+            total = source.count if total is None else total
+            if total is None and progress:
+                total = readers.expected_examples(source.config, source.tables)
+            totals.append(total)
     known = [total for total in totals if total is not None]
     return native, sum(known) if len(known) == len(totals) else None
 
@@ -334,6 +337,8 @@ def _bar(name: str, unit: str, total: int | None, *, show: bool) -> Iterator[Cal
 
     with tqdm(desc=name, total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
         yield lambda number: bar.update(number - bar.n)
+        if total is not None:
+            bar.total = bar.n  # It may have been estimated.
 
 
 class _ChangedError(ValueError):

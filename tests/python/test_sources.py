@@ -107,6 +107,22 @@ def test_every_format_gives_the_same_rows(tables: Path, name: str, block: int, m
         assert found[0].batch.schema.names == ["sentence", "tense"]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("t.jsonl", 1), ("t.csv", 2), ("t.parquet", 1), ("t.csv.gz", None), ("t.json", None)]
+)
+@pytest.mark.parametrize("block", [3000, 2**22])
+def test_a_glance_tells_how_many_examples_there_will_be(
+    tables: Path, name: str, told: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About; a line break in a cell makes a row of a CSV count twice, and every row here has one."""
+    monkeypatch.setattr(files, "BLOCK", block)
+    source = config(path=name, questions_per_text=2, **LABELLED)
+    found = sources.expected_examples(source, sources.tables(source, root=tables, seed=0))
+    assert found == (None if told is None else pytest.approx(2 * told * len(ROWS), rel=0.1))
+    few = config(path=name, rows=7, **LABELLED)
+    assert sources.expected_examples(few, sources.tables(few, root=tables, seed=0)) == (None if told is None else 7)
+
+
 def test_lines_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "a"}\n\n  \n{"text": "b"}')
     found = read(tmp_path, path="a.jsonl", **CONTEXTS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ao.config import ClassificationSource, ContextPredictionSource, SourceConfig
 from ao.sources.ahead import ahead
 from ao.sources.columns import Columns
-from ao.sources.files import file_tables
+from ao.sources.files import expected_rows, file_tables
 from ao.sources.hub import hub_table, is_saved, saved_table
 from ao.sources.latentqa import questions, stimulus_tables
 from ao.sources.table import Table, is_unreadable
@@ -21,7 +21,18 @@ from ao.sources.table import Table, is_unreadable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Rows", "Table", "gives_count", "inputs", "needed_rows", "questions", "rows", "tables", "words"]
+__all__ = [
+    "Rows",
+    "Table",
+    "expected_examples",
+    "gives_count",
+    "inputs",
+    "needed_rows",
+    "questions",
+    "rows",
+    "tables",
+    "words",
+]
 
 READ_AHEAD = 4
 """Batches that are read while others are packed."""
@@ -87,6 +98,22 @@ def gives_count(config: SourceConfig) -> bool:
     if config.dataset is None or rows is None or config.count is None:
         return False
     return rows * _examples_per_row(config) <= config.count
+
+
+def expected_examples(config: SourceConfig, found: list[Table]) -> int | None:
+    """About how many examples the rows of a source give without a count, or None where no glance at the files tells."""
+    if config.dataset is not None or config.kind == "latentqa":
+        return None
+    whole = config.kind == "context_prediction" and config.documents == "file"
+    try:
+        rows = [expected_rows(file, whole=whole) for table in found for file in table.files]
+    except (OSError, ValueError):
+        return None  # Reading it says what is wrong.
+    known = [number for number in rows if number is not None]
+    if len(known) < len(rows):
+        return None
+    read = sum(known) if config.rows is None else min(sum(known), config.rows)
+    return read * _examples_per_row(config)
 
 
 def _examples_per_row(config: SourceConfig) -> int:

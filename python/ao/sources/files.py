@@ -106,6 +106,28 @@ def _table(config: SourceConfig, *, path: Path, prefix: str, columns: Columns) -
     return Table(described=described, files=(path,), batches=lambda: reader(path, columns))
 
 
+def expected_rows(path: Path, *, whole: bool = False) -> int | None:
+    """About how many rows a file has, or None where no glance tells.
+
+    Args:
+        path: The file.
+        whole: A `.txt` file is one row.
+    """
+    kind, *compressed = _suffixes(path)
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(path).num_rows
+    if kind not in (".jsonl", ".ndjson", ".csv", ".txt") or compressed:
+        return None
+    if kind == ".txt" and whole:
+        return 1
+    with open(path, "rb") as file:
+        block = file.read(BLOCK)
+    rows = len(_BLANK_LINES.findall(block)) if kind == ".txt" else block.count(b"\n")
+    return round(rows * path.stat().st_size / max(1, len(block)))
+
+
 # Text
 
 
@@ -487,4 +509,4 @@ _READERS: dict[str, Callable[[Path, Columns], Read]] = {
 _BINARY = {".parquet", ".arrow", ".feather"}
 _UNITS = {".jsonl": "line", ".ndjson": "line", ".json": "entry", ".txt": "entry"}
 
-__all__ = ["BLOCK", "Batches", "class_names", "file_tables", "json_batches", "read_json"]
+__all__ = ["BLOCK", "Batches", "class_names", "expected_rows", "file_tables", "json_batches", "read_json"]
