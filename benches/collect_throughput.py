@@ -109,7 +109,7 @@ class Passes:
         self.gigabytes = self.tokens * len(self.layers) * self.arch.d_model * 2 / 1e9
         alike = {layer: Alike() for layer in self.layers}
         writer_seconds = 0.0
-        units = remaining(list(every_position(contexts, self.layers, unit_tokens=UNIT_TOKENS // 4)), None)
+        units = list(remaining(every_position(contexts, self.layers, unit_tokens=UNIT_TOKENS // 4), None).units)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             started = time.perf_counter()
             for number, unit in enumerate(units):

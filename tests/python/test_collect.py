@@ -19,7 +19,7 @@ from ao.collect import run, sinks, wanted
 from ao.collect.imported import import_tensor
 from ao.collect.missing import remaining
 from ao.collect.run import Alike, collect, contract_of
-from ao.collect.wanted import Unit, units_of
+from ao.collect.wanted import Unit, Units, every_position, units_of
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.distributed import launch
 from ao.inspection import inspect, text
@@ -158,13 +158,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_two_ranks_write_what_one_writes(recipe: Recipe, tmp_path: Path) -> None:
     units = wanted.units(recipe)
     one = collect(recipe.model, units, out=tmp_path / "one")
-    two = launch(collect_into, recipe.model, units, tmp_path / "two", processes=2)
-    assert (one["rows"], one["tokens"]) == (two["rows"], two["tokens"])
+    two = launch(collect_into, recipe, tmp_path / "two", processes=2)
+    for name in ("run", "rows", "tokens", "units", "units_before"):
+        assert one[name] == two[name]
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-def collect_into(model: ModelConfig, units: list[Unit], out: Path) -> dict[str, object]:
-    return collect(model, units, out=out)
+def collect_into(recipe: Recipe, out: Path) -> dict[str, object]:
+    wanted.UNIT_TOKENS = 40  # in a process of its own
+    return collect(recipe.model, wanted.units(recipe), out=out)
 
 
 def test_what_is_there_already_needs_no_unit_and_no_model(
@@ -381,10 +383,43 @@ def test_a_unit_knows_its_keys_and_parts() -> None:
     keys = unit.keys()
     assert keys.tolist() == [context_keys(contexts[c])[p].tolist() for c, p in [(0, 1), (1, 1), (1, 3)]]
     assert keys[0].tolist() == keys[1].tolist()
-    [left] = remaining([unit], None)
+    [left] = remaining([unit], None).units
     assert left.wanted.positions.tolist() == [1, 3]
     assert [len(ids) for ids in left.contexts] == [2, 4]
     assert list(units_of([], Wanted(*(np.empty(0, int),) * 3), unit_tokens=40)) == []
+
+
+def test_units_are_built_when_they_are_asked_for_and_a_part_is_held() -> None:
+    built: list[int] = []
+    one = Unit.whole([np.array([1, 2], np.int32)], [0])
+
+    def build(part: int) -> list[Unit]:
+        built.append(part)
+        return [one] * [2, 0, 1][part]
+
+    several = Units([2, 0, 1], build)
+    assert len(several) == 3
+    assert built == []
+    assert list(several) == [one] * 3
+    assert built == [0, 2]
+    assert (several[-1], several[2:]) == (one, [one])
+    assert built == [0, 2]
+    with pytest.raises(IndexError, match="unit 3 of 3"):
+        _ = several[3]
+    left = remaining(several, None)
+    assert list(left.numbers) == [0]  # the others want the same
+    assert [len(unit.wanted.layers) for unit in left.units] == [2, 0, 0]
+
+
+@pytest.mark.parametrize("unit_tokens", [1, 4, 7, 100])
+def test_units_do_not_depend_on_how_they_are_built(recipe: Recipe, unit_tokens: int) -> None:
+    contexts = [np.arange(length, dtype=np.int32) for length in (3, 1, 9, 2, 2, 5)]
+    at_once = units_of(contexts, Unit.whole(contexts, [1, 4]).wanted, unit_tokens=unit_tokens)
+    one_by_one = every_position(contexts, [1, 4], unit_tokens=unit_tokens)
+    assert [unit.digest for unit in one_by_one] == [unit.digest for unit in at_once]
+    assert len(every_position([], [1], unit_tokens=unit_tokens)) == 0
+    units = wanted.units(recipe)
+    assert [units[number].digest for number in reversed(range(len(units)))] == [unit.digest for unit in units][::-1]
 
 
 def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:

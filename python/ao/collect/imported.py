@@ -63,7 +63,7 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
         )
     out, dtype, width = Path(out), names[values_TLD.dtype], values_TLD.shape[2]
     run = fingerprint(about.contract, dtype, unit.digest, input_digest(str(file)))[:16]
-    [left] = remaining([unit], earlier_runs(out, run, about.contract, dtype=dtype, width=width))
+    [left] = remaining([unit], earlier_runs(out, run, about.contract, dtype=dtype, width=width)).units
     sink = CacheSink(out, run, 0, about.contract, left, dtype=dtype, width=width)
     starts = np.cumsum([0, *map(len, contexts)])
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ao.cache import INDEX, PLAIN, ActivationCache
-from ao.collect.wanted import Unit
+from ao.collect.wanted import Unit, Units
 
 
 def earlier_runs(
@@ -41,31 +42,49 @@ def earlier_runs(
     return cache
 
 
-def remaining(units: Sequence[Unit], old: ActivationCache | None) -> list[Unit]:
+@dataclass(frozen=True)
+class Remaining:
+    """What is left to collect."""
+
+    units: Sequence[Unit]
+    """What is left of each unit."""
+    numbers: Sequence[int]
+    """Those of which something is left."""
+
+
+def remaining(units: Sequence[Unit], old: ActivationCache | None) -> Remaining:
     """What each unit has to collect: what no unit before it holds, and no earlier run.
 
-    Decided from the units and earlier runs alone, so that every rank, and a run that goes on, decides alike.
+    Decided from the units and earlier runs alone, so that every rank, and a run that goes on, decides alike. Each unit is
+    built once for that and once when it is asked for; in between only a byte of each value wanted is kept.
     """
-    all_keys = [unit.keys() for unit in units]
-    bounds = np.cumsum([0, *map(len, all_keys)])
-    keys = np.concatenate([np.empty((0, 2), np.uint64), *all_keys])
-    layers = np.concatenate([np.empty(0, np.int64), *(unit.wanted.layers for unit in units)])
-    kept = np.zeros(len(keys), dtype=bool)
-    for layer in np.unique(layers).tolist():
-        here = np.flatnonzero(layers == layer)
-        order = here[np.lexsort((here, keys[here, 1], keys[here, 0]))]
-        is_first = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))
-        kept[order[is_first]] = True
+    keys_of: dict[int, list[np.ndarray]] = {}
+    layers_of = [np.empty(0, dtype=np.int16)]
+    for unit in units:
+        keys = unit.keys()
+        layers_of.append(unit.wanted.layers.astype(np.int16))
+        for layer in np.unique(unit.wanted.layers).tolist():
+            keys_of.setdefault(layer, []).append(keys[unit.wanted.layers == layer])
+    layers, bounds = np.concatenate(layers_of), np.cumsum(list(map(len, layers_of)))
+    kept = np.zeros(len(layers), dtype=bool)
+    for layer in sorted(keys_of):
+        keys = np.concatenate(keys_of.pop(layer))
+        order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal keys the first unit's comes first
+        firsts = order[np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))]
         if old is not None:
-            firsts = order[is_first]
-            kept[firsts[old.layer(layer).find(keys[firsts]) >= 0]] = False
-    return [unit.only(kept[first:end]) for unit, first, end in zip(units, bounds, bounds[1:], strict=False)]
+            firsts = firsts[old.layer(layer).find(keys[firsts]) < 0]
+        kept[np.flatnonzero(layers == layer)[firsts]] = True
+    kept_of = np.split(kept, bounds[1:-1]) if len(units) else []
+    numbers = [number for number, own in enumerate(kept_of) if own.any()]
+    return Remaining(Units([1] * len(units), lambda number: [units[number].only(kept_of[number])]), numbers)
 
 
-def is_there(out: Path, run: str, number: int, unit: Unit) -> bool:
+def is_there(out: Path, run: str, number: int, units: Sequence[Unit]) -> bool:
     """Whether a run's unit is whole: its index, its files, and in it all that it is to hold."""
     try:
-        cache, keys = ActivationCache.open(out, run=run, unit=number), unit.keys()
+        cache = ActivationCache.open(out, run=run, unit=number)
+        unit = units[number]  # built only now, as a fresh run has no index
+        keys = unit.keys()
         for layer in np.unique(unit.wanted.layers).tolist():
             cached = cache.layer(layer)
             cached.require_files()

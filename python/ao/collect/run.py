@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ao.collect.missing import earlier_runs, is_there, plain_done, remaining
+from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining
 from ao.collect.sinks import DTYPES, CacheSink, PlainSink, Sink, finish_cache
 from ao.collect.wanted import Unit, target_of
 from ao.config import ModelConfig
@@ -64,7 +65,7 @@ def collect(
 
     Args:
         model: the target; its `target` where that is another checkpoint than the base.
-        units: what is wanted.
+        units: what is wanted; several times gone through, and only this rank's own are built for long.
         out: folder of the cache.
         adapter: folder of a LoRA adapter that the target wears.
         dtype: BF16, F16 or F32; without one what the model computes in, and F32 where `plain`.
@@ -88,30 +89,36 @@ def collect(
             dtype = "F32" if plain else next(name for name, each in DTYPES.items() if each == COMPUTED[model.precision])
         run = fingerprint(contract, dtype, tokens_per_row, *(unit.digest for unit in units))[:16]
         if plain:
-            left, done = dict(enumerate(units)), plain_done(out, run)
+            left, there = Remaining(units, range(len(units))), plain_done(out, run)
+            mine = left.numbers[here.rank :: here.world]
+            done = there.intersection(mine)
         else:
-            earlier = earlier_runs(out, run, contract, dtype=dtype)
-            left = {number: unit for number, unit in enumerate(remaining(units, earlier)) if len(unit.wanted.layers)}
-            done = {number for number, unit in left.items() if is_there(out, run, number, unit)}
-        here.wait()  # no rank writes before every one knows what is there
-        todo = {number: left[number] for number in sorted(set(left) - done)[here.rank :: here.world]}
-        tally = Tally()
+            left = remaining(units, earlier_runs(out, run, contract, dtype=dtype))
+            mine = left.numbers[here.rank :: here.world]
+            done = {number for number in mine if is_there(out, run, number, left.units)}
+        todo = {number: left.units[number].num_tokens for number in mine if number not in done}
+        tally = Tally(units_before=len(done))
         if todo:
             which = "base" if model.target is None else "target"
             target = load_model(replace(model, device=str(here.device)), which=which)
             arch = archs.find(target)
             fuse_norms(target)
-            check_model(target, arch, [ids for unit in todo.values() for ids in unit.contexts if len(ids)][:4])
+            contexts = (ids for number in todo for ids in left.units[number].contexts if len(ids))
+            check_model(target, arch, list(islice(contexts, 4)))
             wearing: AbstractContextManager[None] = (
                 as_target(target) if adapter is None else as_oracle(load_adapter(target, adapter))
             )
             collecting = time.perf_counter()
-            total = sum(unit.num_tokens for unit in todo.values())
             bar = tqdm(
-                total=total, desc="collect", unit=" tokens", unit_scale=True, disable=not (progress and here.first)
+                total=sum(todo.values()),
+                desc="collect",
+                unit=" tokens",
+                unit_scale=True,
+                disable=not (progress and here.first),
             )
             with wearing, bar:
-                for number, unit in todo.items():
+                for number in todo:
+                    unit = left.units[number]
                     kind = PlainSink if plain else CacheSink
                     sink: Sink = kind(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
                     rows = collected(
@@ -121,7 +128,7 @@ def collect(
                     tally.tokens += unit.num_tokens
             tally.collect_seconds = time.perf_counter() - collecting
         tally.warn()
-        record: dict[str, Any] = {"run": run, "units": len(units), "units_before": len(done), **_together(tally, here)}
+        record: dict[str, Any] = {"run": run, "units": len(units), **_together(tally, here)}
         if here.first and not plain:
             record["layers"] = finish_cache(out)
         record["seconds"] = time.perf_counter() - started
@@ -132,6 +139,8 @@ def collect(
 class Tally:
     """What one rank did, and saw."""
 
+    units_before: int = 0
+    """Units that were there already."""
     rows: int = 0
     tokens: int = 0
     """Context tokens run."""
@@ -217,11 +226,12 @@ class Alike:
 
 def _together(tally: Tally, here: Ranks) -> dict[str, Any]:
     """The counts of all ranks, added up; behind this every rank has finished."""
-    own = [tally.rows, tally.tokens, tally.collect_seconds, tally.writer_seconds]
+    own = [tally.units_before, tally.rows, tally.tokens, tally.collect_seconds, tally.writer_seconds]
     speed = tally.tokens / tally.collect_seconds if tally.collect_seconds else 0.0
     sums = here.sum_(torch.tensor([*own, speed], dtype=torch.float64)).tolist()
-    rows, tokens, collect_seconds, writer_seconds, speed = sums
+    units_before, rows, tokens, collect_seconds, writer_seconds, speed = sums
     return {
+        "units_before": int(units_before),
         "rows": int(rows),
         "tokens": int(tokens),
         "collect_seconds": collect_seconds,

@@ -9,10 +9,10 @@ Shapes: P values wanted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
@@ -72,6 +72,38 @@ class Unit:
         return cls(list(contexts), _at_layers(*_everywhere(contexts), np.asarray(layers)))
 
 
+class Units(Sequence[Unit]):
+    """Units that are built when they are asked for, a part (a shard, say) at a time, and held until another part is.
+
+    Args:
+        counts: number of units of each part.
+        build: builds the units of the part of that number.
+    """
+
+    def __init__(self, counts: Sequence[int], build: Callable[[int], list[Unit]]) -> None:
+        self._starts = np.cumsum([0, *counts])
+        self._build = build
+        self._held: tuple[int, list[Unit]] = (-1, [])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, number: int) -> Unit: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Unit]: ...
+    def __getitem__(self, number: int | slice) -> Unit | list[Unit]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"unit {number} of {len(self)}")
+        number %= len(self)
+        part = int(self._starts.searchsorted(number, side="right")) - 1
+        if self._held[0] != part:
+            self._held = (part, self._build(part))
+        return self._held[1][number - int(self._starts[part])]
+
+
 def units(
     recipe: Recipe,
     *,
@@ -81,7 +113,7 @@ def units(
     layers: Sequence[float] = (),
     positions: Positions = "wanted",
     plain: bool = False,
-) -> list[Unit]:
+) -> Units:
     """What a recipe's packed data set reads, or every token of other contexts.
 
     Args:
@@ -108,7 +140,7 @@ def units(
         packed.require_base()
         if positions == "all":
             unit_tokens //= 4
-        return list(packed_units(packed, layers=chosen or None, positions=positions, unit_tokens=unit_tokens))
+        return packed_units(packed, layers=chosen or None, positions=positions, unit_tokens=unit_tokens)
     target_framer = framer(name, revision)
     if texts is not None:
         contexts = text_contexts(Path(texts), target_framer)
@@ -116,12 +148,12 @@ def units(
         turns = json.dumps([{"role": "user", "content": prompt}])
         contexts = [np.asarray(target_framer.context(turns).ids, dtype=np.int32)]
     depths = chosen or [resolve_layer(depth, num_layers(name, revision)) for depth in recipe.data.read_depths]
-    return list(every_position(contexts, sorted(set(depths)), unit_tokens=unit_tokens // 4))
+    return every_position(contexts, sorted(set(depths)), unit_tokens=unit_tokens // 4)
 
 
 def units_of(contexts: Sequence[np.ndarray], wanted: Wanted, *, unit_tokens: int) -> Iterator[Unit]:
     """Cut contexts into units of so many tokens, in their order, each with what is wanted of it."""
-    unit_of = (np.cumsum([0, *map(len, contexts)])[:-1] // unit_tokens).astype(np.int64)
+    unit_of = _unit_of(contexts, unit_tokens)
     # One number for (context, layer, position): sorting numbers is what NumPy does fastest.
     num_layers, longest = int(wanted.layers.max(initial=0)) + 1, max(map(len, contexts), default=1)
     numbers = np.unique((wanted.contexts.astype(np.int64) * num_layers + wanted.layers) * longest + wanted.positions)
@@ -133,23 +165,36 @@ def units_of(contexts: Sequence[np.ndarray], wanted: Wanted, *, unit_tokens: int
         yield Unit(list(contexts[first:end]), Wanted(which[here] - first, layers[here], positions[here]))
 
 
-def packed_units(
-    data: PackedDataset, *, layers: Sequence[int] | None, positions: Positions, unit_tokens: int
-) -> Iterator[Unit]:
+def packed_units(data: PackedDataset, *, layers: Sequence[int] | None, positions: Positions, unit_tokens: int) -> Units:
     """What a packed data set reads; with `layers` at those instead of its own, with "all" at every position."""
     everywhere = positions == "all"
     chosen = sorted({layer for several in data.layer_combinations for layer in several}) if layers is None else layers
-    for shard in range(data.num_shards):
+
+    def of_shard(shard: int) -> list[Unit]:
         contexts, which, own_layers, read = data.reads(shard)
         wanted = Wanted(which, own_layers, read)
         if everywhere or layers is not None:
             wanted = _at_layers(*(_everywhere(contexts) if everywhere else (which, read)), np.asarray(chosen))
-        yield from units_of(contexts, wanted, unit_tokens=unit_tokens)
+        return list(units_of(contexts, wanted, unit_tokens=unit_tokens))
+
+    shards = range(data.num_shards)
+    return Units([len(np.unique(_unit_of(data.reads(shard)[0], unit_tokens))) for shard in shards], of_shard)
 
 
-def every_position(contexts: Sequence[np.ndarray], layers: Sequence[int], *, unit_tokens: int) -> Iterator[Unit]:
+def every_position(contexts: Sequence[np.ndarray], layers: Sequence[int], *, unit_tokens: int) -> Units:
     """Every position of some contexts."""
-    return units_of(contexts, Unit.whole(contexts, layers).wanted, unit_tokens=unit_tokens)
+    unit_of = _unit_of(contexts, unit_tokens)
+    bounds = np.append(np.flatnonzero(np.diff(unit_of, prepend=-1)), len(contexts)).tolist()
+
+    def of_number(number: int) -> list[Unit]:
+        own = contexts[bounds[number] : bounds[number + 1]]
+        return list(units_of(own, Unit.whole(own, layers).wanted, unit_tokens=unit_tokens))
+
+    return Units([1] * (len(bounds) - 1), of_number)
+
+
+def _unit_of(contexts: Sequence[np.ndarray], unit_tokens: int) -> np.ndarray:
+    return (np.cumsum([0, *map(len, contexts)])[:-1] // unit_tokens).astype(np.int64)
 
 
 def _everywhere(contexts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
