@@ -20,7 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ao import _ao
-from ao.manifest import canonical_json, read_manifest, require_match, write_atomic
+from ao.config import ModelConfig
+from ao.manifest import adapter_fingerprint, canonical_json, read_manifest, require_match, write_atomic
+from ao.prompt import framer, identity, target_of
 
 SCHEMA = 1
 """Version of manifest, indexes and headers."""
@@ -39,6 +41,18 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
 
 Mode = Literal["auto", "warm", "hinted", "direct"]
+
+
+def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[str, Any]:
+    """What rows are: which weights at which precision, whether with an adapter, and what a layer is."""
+    name, revision = target_of(model)
+    return {
+        **identity(name, revision, framer=framer(name, revision)),
+        "revision": revision,
+        "precision": model.precision,
+        "adapter": None if adapter is None else adapter_fingerprint(adapter),
+        "reads": "residual stream after block k, counted from 0: hidden_states[k + 1]",
+    }
 
 
 def context_keys(context_ids: np.ndarray) -> np.ndarray:
@@ -299,7 +313,7 @@ class ActivationCache:
 
         Args:
             path: The folder.
-            contract: Fields that the rows must have, as `ao.collect.run.contract_of` gives them, or some of them.
+            contract: Fields that the rows must have, as `contract_of` gives them, or some of them.
             run: Only units of this run.
             unit: Only the unit of this number.
             without: No units of this run.

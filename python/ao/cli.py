@@ -151,6 +151,10 @@ class Train:
     """The packed data set; data.out of the recipe without one."""
     out: Path | None = None
     """Folder of the adapter, instead of train.out."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+    restart: bool = False
+    """Remove an unfinished run in the folder first."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -479,7 +483,13 @@ def _train(command: Train) -> dict[str, Any]:
     from ao.train import train
 
     recipe = _recipe(command)
-    record = train(recipe, data=command.data or recipe.data.out, out=command.out or recipe.train.out)
+    record = train(
+        recipe,
+        data=command.data or recipe.data.out,
+        out=command.out or recipe.train.out,
+        resume=command.resume,
+        restart=command.restart,
+    )
     if not command.json and record["first_rank"]:
         print(
             f"adapter in {command.out or recipe.train.out}: {record['steps']} steps, last loss {record['losses'][-1]}"

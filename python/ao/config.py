@@ -399,6 +399,8 @@ class TrainConfig(Config):
     """Optimizer steps."""
     examples_per_step: int = 16
     """Datapoints per step, over all ranks."""
+    tokens_per_step: int | None = None
+    """Instead: tokens of prompts and answers per step, over all ranks; a multiple of ranks * tokens_per_row."""
     learning_rate: float = 1e-4
     """Peak; linear warm-up, then linear decay to zero."""
     warmup: float = 0.1
@@ -429,17 +431,39 @@ class TrainConfig(Config):
     """Token budget of one forward pass."""
     window: int = 64
     """Steps whose contexts are collected together, each context once."""
-    recompute: bool = False
-    """Gradient checkpointing: recompute activations in the backward pass."""
+    context_tokens_per_row: int = 8192
+    """Token budget of one forward pass of the target, for contexts."""
+    loss: Literal["per_token", "per_example_mean"] = "per_token"
+    """What a step's loss is the mean over: answer tokens, or examples, each the mean of its own tokens."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Gradient checkpointing: recompute activations in the backward pass. auto: where they would not fit."""
+    cache: str | None = None
+    """Activation cache of `ao collect`; what it lacks is collected ahead."""
+    held_out: int = 0
+    """Datapoints kept from training, with all that share a context with them, and scored on the way."""
+    eval_every: int = 100
+    """Steps between scores of the held-out part."""
+    save_every: int = 200
+    """Steps between checkpoints, from which --resume goes on; 0: only where a signal stops the run."""
+    keep: int = 2
+    """Checkpoints kept: the last ones; beside them the one with the best held-out loss."""
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where the log goes beside log.jsonl."""
     seed: int = 0
     """Initialization of the adapter, dropout and data order."""
     log_every: int = 10
     """Steps between lines of the log."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "examples_per_step", "rank", "alpha", "tokens_per_row", "window", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            *("steps", "examples_per_step", "tokens_per_step", "rank", "alpha", "tokens_per_row"),
+            *("context_tokens_per_row", "window", "log_every", "eval_every"),
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be positive, got {value}")
+        for name in ("held_out", "save_every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm", "injection_scale", "rescale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")

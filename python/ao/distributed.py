@@ -36,6 +36,11 @@ class Ranks:
         """Whether this process speaks for all: logs, progress, files."""
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Go on when every rank has come here."""
+        if self.world > 1:
+            dist.barrier()
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place; patient ranks only add up what lies in CPU memory."""
         if self.world > 1:

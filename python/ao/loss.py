@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from ao.batch import Batch
 from ao.models.arch import Arch, logits
 
-CHUNK = 2048
-"""Labelled positions that go through the head at once: 2 GB of fp32 logits at a vocabulary of 262,144."""
+CHUNK = 512
+"""Labelled positions that go through the head at once: half a gigabyte of fp32 logits at a vocabulary of 262,144."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,20 @@ class Labels:
     """Places in the flattened [B * T] whose next token is an answer token."""
     ids_A: torch.Tensor
     """Those answer tokens."""
+    weights_A: torch.Tensor | None = None
+    """Weight of each in the sum, fp32; 1 without them."""
 
 
-def labels_of(batch: Batch, sequences: Sequence[np.ndarray], answer_starts: Sequence[int]) -> Labels:
+def labels_of(
+    batch: Batch, sequences: Sequence[np.ndarray], answer_starts: Sequence[int], *, per_example: bool = False
+) -> Labels:
     """Labels of a batch: every token from `answer_start` on, predicted from the token before it.
+
+    Args:
+        batch: the sequences, laid out.
+        sequences: the same, each [length].
+        answer_starts: index of each one's first answer token.
+        per_example: weigh each token with 1 / its answer's length, so that a sum counts examples, not tokens.
 
     Raises:
         ValueError: a sequence has no answer token, or no token before its answer.
@@ -48,15 +59,23 @@ def labels_of(batch: Batch, sequences: Sequence[np.ndarray], answer_starts: Sequ
     )
     ids = np.concatenate([sequence[start:] for sequence, start in zip(sequences, answer_starts, strict=True)])
     device = batch.input_ids_BT.device
+    weights = None
+    if per_example:
+        lengths = np.array([len(sequence) - start for sequence, start in zip(sequences, answer_starts, strict=True)])
+        weights = torch.from_numpy(np.repeat(1 / lengths, lengths).astype(np.float32)).to(device)
     return Labels(
-        positions_A=torch.from_numpy(positions).to(device), ids_A=torch.from_numpy(ids.astype(np.int64)).to(device)
+        positions_A=torch.from_numpy(positions).to(device),
+        ids_A=torch.from_numpy(ids.astype(np.int64)).to(device),
+        weights_A=weights,
     )
 
 
 def answer_loss(arch: Arch, resid_BTD: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """Cross-entropy summed over the answer tokens; divide by the global number of them.
+    """Cross-entropy summed over the answer tokens, each times its weight; divide by the global number of them, or of
+    examples.
 
-    A sum, not a mean, because rows and ranks hold different numbers of answer tokens.
+    A sum, not a mean, because rows and ranks hold different numbers of answer tokens. The gradient is that of the
+    residuals alone: the head is frozen.
 
     Args:
         arch: the model's parts; head and soft-cap are applied in fp32.
@@ -64,10 +83,34 @@ def answer_loss(arch: Arch, resid_BTD: torch.Tensor, labels: Labels) -> torch.Te
         labels: which positions count.
     """
     resid_AD = resid_BTD.reshape(-1, resid_BTD.shape[-1]).index_select(0, labels.positions_A)
-    total = resid_AD.new_zeros((), dtype=torch.float32)
-    for chunk_KD, ids_K in zip(resid_AD.split(CHUNK), labels.ids_A.split(CHUNK), strict=True):
-        total = total + cross_entropy(logits(arch, chunk_KD), ids_K, reduction="sum")
-    return total
+    return _AnswerLoss.apply(resid_AD, arch, labels)
+
+
+class _AnswerLoss(torch.autograd.Function):
+    """The loss with its gradient, chunk by chunk, so that no more than one chunk's logits are there at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, resid_AD: torch.Tensor, arch: Arch, labels: Labels) -> torch.Tensor:
+        weights_A = labels.weights_A if labels.weights_A is not None else labels.ids_A.new_ones((), dtype=torch.float32)
+        weights_A = weights_A.expand(len(labels.ids_A))
+        total = resid_AD.new_zeros((), dtype=torch.float32)
+        gradients = []
+        chunks = (resid_AD.detach().split(CHUNK), labels.ids_A.split(CHUNK), weights_A.split(CHUNK))
+        for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                chunk_KD = chunk_KD.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = (cross_entropy(logits(arch, chunk_KD), ids_K, reduction="none") * weights_K).sum()
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(loss, chunk_KD)
+            total += loss.detach()
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_AD,) = ctx.saved_tensors
+        return gradient_AD * upstream[0].to(gradient_AD.dtype), None, None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import TracebackType
 
@@ -42,6 +43,14 @@ class PeakMemory:
                     continue
             self.bytes = max(self.bytes, total)
             self._stop.wait(self._every)
+
+
+def peak_rss_bytes() -> int:
+    """Greatest resident memory of this process so far."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _resident(process: psutil.Process) -> int:

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from ao import _ao
 from ao.config import PlanOptions
 from ao.manifest import canonical_json, write_atomic
-from ao.shards import PackedDataset
+from ao.shards import PackedDataset, Part
 
 SCHEMA = 1
 """Version of the file; others are refused."""
@@ -77,7 +77,7 @@ class Plan:
     """Where each step begins in the rows, and the end of the last, int64 [S + 1]."""
 
     @classmethod
-    def make(cls, data: PackedDataset, settings: PlanSettings) -> Plan:
+    def make(cls, data: PackedDataset | Part, settings: PlanSettings) -> Plan:
         """Plan one epoch. What does not fill a last step is left out, in another epoch something else.
 
         Raises:
@@ -270,7 +270,7 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], num_datapoints: int) -> 
     return {name: arrays[name] for name in _ARRAYS}
 
 
-def longer(data: PackedDataset, settings: PlanSettings) -> np.ndarray:
+def longer(data: PackedDataset | Part, settings: PlanSettings) -> np.ndarray:
     """Indices of the datapoints that exceed a row's budget by themselves, int64."""
     long = data.lengths > settings.tokens_per_row
     if settings.context_tokens_per_row is not None:
@@ -337,5 +337,5 @@ def command(
     return {"budgets": found, "out": None if out is None else str(out)}
 
 
-def _sha256(data: PackedDataset) -> str:
+def _sha256(data: PackedDataset | Part) -> str:
     return hashlib.sha256((data.folder / "manifest.json").read_bytes()).hexdigest()

@@ -239,3 +239,8 @@ def fingerprints(model: ModelConfig) -> dict[str, dict[str, str | int]]:
 
 def _framing(name: str, revision: str | None) -> dict[str, str | int]:
     return {**framer(name, revision).fingerprint, "num_layers": num_layers(name, revision)}
+
+
+def target_of(model: ModelConfig) -> tuple[str, str | None]:
+    """Name and revision of the model that is read."""
+    return (model.name, model.revision) if model.target is None else (model.target, model.target_revision)

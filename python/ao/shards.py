@@ -315,3 +315,37 @@ class PackedDataset:
         if target is not None:
             what = f"{self.folder.name}: packed for a target with"
             require_match(what, expected=self.manifest["targets"]["base"], got=target, remedy=_REMEDY)
+
+
+class Part:
+    """Some datapoints of a data set, with the columns that the planner takes."""
+
+    def __init__(self, dataset: PackedDataset, indices: np.ndarray) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    @property
+    def folder(self) -> Path:
+        """Of the data set."""
+        return self.dataset.folder
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Datapoint:
+        return self.dataset[int(self.indices[index])]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Input tokens of each datapoint, int32 [N]."""
+        return self.dataset.lengths[self.indices]
+
+    @cached_property
+    def context_lengths(self) -> np.ndarray:
+        """Context tokens of each datapoint, int32 [N]."""
+        return self.dataset.context_lengths[self.indices]
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """Number of the stored context of each datapoint, int64 [N]; those of the part count from 0."""
+        return np.unique(self.dataset.groups[self.indices], return_inverse=True)[1].astype(np.int64)

@@ -1,6 +1,6 @@
 """Training the oracle's adapter: look ahead for activations, inject, answer loss, step.
 
-Shapes: P vectors of a window, D d_model.
+The loop is here; its parts are in `ao.training`.
 """
 
 from __future__ import annotations
@@ -8,186 +8,235 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ao.batch import lay_out, layout
+from ao.cache import ActivationCache, contract_of
 from ao.checkpoint import OracleConfig
-from ao.config import Recipe, TrainConfig, to_toml
+from ao.config import Recipe, TrainConfig, to_dict, to_toml
 from ao.distributed import Ranks, ranks
-from ao.injection import Injector
-from ao.loss import answer_loss, labels_of
-from ao.manifest import write_atomic
+from ao.manifest import read_manifest, write_atomic
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle, save_adapter
-from ao.models.load import adamw8bit, enable_recompute, fuse_norms, load_model, resolve_device
+from ao.models.adapters import save_adapter
+from ao.models.load import fuse_norms, load_model, resolve_device
 from ao.plan import Plan, PlanSettings
 from ao.prompt import fingerprints, framer
-from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
-from ao.shards import Datapoint, PackedDataset
+from ao.shards import Datapoint, PackedDataset, Part
+from ao.training.heldout import HeldOut, share_of, split
+from ao.training.lookahead import look_ahead
+from ao.training.meter import Meter
+from ao.training.selftest import check_learner
+from ao.training.state import checkpoints, load_checkpoint, prune, require_same_run, save_checkpoint
+from ao.training.step import Learner, learning_rate
+from ao.training.tracking import Log
 
 log = logging.getLogger(__name__)
 
+RECORD = "training.json"
+_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute")
+"""Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
-def train(recipe: Recipe, *, data: str | Path, out: str | Path, progress: bool = True) -> dict[str, Any]:
+
+def train(
+    recipe: Recipe,
+    *,
+    data: str | Path,
+    out: str | Path,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Train an adapter on a packed data set and write it to a folder.
 
     Under torchrun every process calls this with the same arguments; each holds a replica and takes its share of every
     step's datapoints, whose order is the same for any number of ranks.
 
+    Args:
+        recipe: the recipe.
+        data: the packed data set.
+        out: folder of the adapter; checkpoints and log.jsonl lie there, too.
+        resume: go on from the last checkpoint in `out`; do nothing where the run is finished, begin where there is none.
+        restart: remove what an unfinished run left in `out` first.
+        progress: show a progress bar on stderr.
+
     Returns:
         The training record, also written to `training.json`: losses, seconds, counts, versions.
 
     Raises:
-        FileExistsError: `out` holds something else than an adapter.
-        ValueError: the data set was packed for another tokenizer, template or target, or reads what cannot be collected.
+        FileExistsError: `out` holds something else than an adapter, or an unfinished run.
+        KeyboardInterrupt: a signal stopped the run; a checkpoint was saved first.
+        RuntimeError: a self-test failed, or the gradient was not finite in more than a tenth of the steps.
+        ValueError: the data set was packed for another tokenizer, template or target, or reads what cannot be collected;
+            or the checkpoint is of another run.
     """
     config, data, out = recipe.train, Path(data), Path(out)
-    torch.manual_seed(config.seed)
-    with ranks(resolve_device(recipe.model.device)) as here:
-        require_free(out)
+    with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
+        found = _found(out, resume=resume, restart=restart, here=here)
+        if found is not None and found.name == RECORD:
+            return {**read_manifest(found), "first_rank": here.first}
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
-        placed = replace(recipe.model, device=str(here.device))
-        model = load_model(placed)
-        target = load_model(placed, which="target") if recipe.model.target else model
-        for each in {id(model): model, id(target): target}.values():
-            fuse_norms(each)
-            check_model(each, archs.find(each), [dataset[index].context_ids for index in range(min(4, len(dataset)))])
-        arch, target_arch = archs.find(model), archs.find(target)
-        peft = add_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
-        # Every rank begins with the same adapter, and from here on drops units of its own.
-        torch.manual_seed(config.seed + here.rank)
-        injector = Injector(
-            arch.layers,
-            layer=config.injection_layer,
-            rule=config.injection,
-            scale=config.injection_scale,
-            rescale=config.rescale,
-        )
-        if config.recompute:
-            enable_recompute(model)
-        model.train()
-        optimizer, flat_gradient = setup_optimizer(peft, config)
-        record = loop(
-            model, arch, target, target_arch, injector, optimizer, flat_gradient, dataset, config, here, out, progress
-        )
+        training, held_out = split(dataset, config.held_out, seed=config.seed)
+        cache = None
+        if config.cache is not None:
+            cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
+        model, target = _loaded(recipe, here, dataset)
+        learner = Learner.of(model, config, here)
+        if here.first and config.recompute == "auto":
+            log.info("recompute %s", learner.recompute)
+        identity = _identity(recipe, dataset)
+        run = _Run()
+        if found is not None:
+            saved = load_checkpoint(found, learner)
+            require_same_run(found, saved, identity)
+            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
+        record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
         if here.first:
-            write(recipe, peft, arch, dataset, record, out)
+            write(recipe, learner, dataset, record, out)
         return {**record, "first_rank": here.first}
 
 
-def require_free(out: Path) -> None:
-    """Refuse a folder that holds something else than an earlier adapter."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another --out")
-    if out.exists() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
-        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
+@dataclass
+class _Run:
+    """How far a run is."""
+
+    step: int = 0
+    losses: list[float | None] | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    meter: dict[str, Any] | None = None
 
 
-def loop(
-    model: PreTrainedModel,
-    arch: archs.Arch,
+def _loop(
+    recipe: Recipe,
+    learner: Learner,
     target: PreTrainedModel,
-    target_arch: archs.Arch,
-    injector: Injector,
-    optimizer: torch.optim.Optimizer,
-    flat_gradient: torch.Tensor,
-    dataset: PackedDataset,
-    config: TrainConfig,
-    here: Ranks,
+    cache: ActivationCache | None,
+    training: Part,
+    held_out: Part,
+    identity: dict[str, Any],
+    run: _Run,
+    asked: threading.Event,
     out: Path,
     progress: bool,
 ) -> dict[str, Any]:
     """The training loop; returns the record."""
-    started = time.perf_counter()
-    losses: list[float | None] = []
-    seconds = {"target": 0.0, "steps": 0.0}
-    totals = {"examples": 0, "input_tokens": 0, "answer_tokens": 0, "skipped_steps": 0}
-    step = 0
-    bar = tqdm(total=config.steps, desc="train", unit="step", disable=not (progress and here.first))
-    times = (1, 2) if config.recompute else (1,)
-    with bar, layout(model, arch), as_oracle(model):
-        for window in windows(dataset, config, here, not arch.attention_only):
-            clock = time.perf_counter()
-            coming = [point for rows in window for points in rows for point in points]
-            vectors = look_ahead(target, target_arch, coming, config)
-            seconds["target"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            for rows in window:
+    config, here = recipe.train, learner.here
+    target_arch = archs.find(target)
+    deepest = max(max(layers) for layers in training.dataset.layer_combinations)
+    meter = Meter(learner.arch, target_arch, deepest=deepest, recompute=learner.recompute.on, device=here.device)
+    if run.meter is not None:
+        meter.resume(run.meter)
+    losses = run.losses or []
+    padded = not learner.arch.attention_only
+    bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not (progress and here.first))
+    scores: HeldOut | None = None
+
+    def ahead(points: list[Datapoint]) -> dict[str, Any]:
+        with meter.timing("target"):
+            return look_ahead(target, target_arch, points, config, cache, progress=meter.context_tokens)
+
+    def save(step: int) -> None:
+        with meter.timing("save"):
+            state = {
+                "identity": identity,
+                "step": step,
+                "losses": losses,
+                "best_step": run.best_step,
+                "best_loss": run.best_loss,
+                "meter": meter.state(),
+            }
+            save_checkpoint(out, learner, state)
+            if here.first:
+                prune(out, keep=config.keep, best=run.best_step)
+            here.wait()
+
+    with (
+        Log(out, config.track, config=to_dict(recipe), step=run.step, active=here.first) as lines,
+        learner.ready(),
+        bar,
+    ):
+        if len(held_out):
+            points = share_of(held_out, here)
+            scores = HeldOut(points, ahead(points), tokens_per_row=config.tokens_per_row, packed=not padded)
+        tested = False
+        for first, window in windows(training, config, here, padded, run.step):
+            vectors = ahead([point for rows in window for points in rows for point in points])
+            if not tested:
+                tested = True
+                shown = [point for rows in window for points in rows for point in points][:4]
+                if shown:
+                    check_learner(learner, shown, vectors)
+            for step, rows in enumerate(window, first):
+                if step < run.step:
+                    continue  # its contexts are collected all the same, so that the window's rows are what they were
                 # -- one step: this rank's datapoints, in rows of a token budget --
-                rate = learning_rate(step, config)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                flat_gradient.zero_()
-                # loss sum, answer tokens, input tokens, examples: summed over ranks with the gradient
-                sums = torch.zeros(4, dtype=torch.float64, device=here.device)
-                for points in rows:
-                    sequences = [point.input_ids for point in points]
-                    batch = lay_out(sequences, packed=arch.attention_only, device=here.device)
-                    labels = labels_of(batch, sequences, [point.answer_start for point in points])
-                    places = np.concatenate(
-                        [start + point.placeholders for start, point in zip(batch.starts, points, strict=True)]
-                    )
-                    vectors_KD = torch.cat([vectors.pop(point.id) for point in points])
-                    with injector.injecting(torch.from_numpy(places).to(here.device), vectors_KD, times=times):
-                        resid_BTD = arch.decoder(**batch.model_inputs).last_hidden_state
-                        loss = answer_loss(arch, resid_BTD, labels)
-                        loss.backward()
-                    counts = [len(labels.ids_A), sum(map(len, sequences)), len(points)]
-                    sums += torch.tensor([loss.item(), *counts], dtype=torch.float64, device=here.device)
-                here.sum_(sums)
-                here.sum_(flat_gradient)
-                loss_sum, *counts = sums.tolist()
-                flat_gradient /= counts[0]
-                norm = flat_gradient.norm().item()
-                if math.isfinite(norm):
-                    flat_gradient *= min(1.0, config.max_grad_norm / (norm + 1e-12))
-                    optimizer.step()
-                else:
-                    totals["skipped_steps"] += 1
+                result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
+                done = step + 1
                 # -- step done --
-                mean_loss = loss_sum / counts[0]
-                losses.append(round(mean_loss, 6) if math.isfinite(mean_loss) else None)
-                for name, count in zip(("answer_tokens", "input_tokens", "examples"), counts, strict=True):
-                    totals[name] += int(count)
-                step += 1
+                meter.step(result)
+                losses.append(round(result.loss, 6) if math.isfinite(result.loss) else None)
                 bar.update()
-                if here.first and (step % config.log_every == 0 or step == config.steps):
-                    bar.set_postfix(loss=f"{mean_loss:.3f}")
-                    log.info("step %d loss %.4f gradient norm %.3g rate %.3g", step, mean_loss, norm, rate)
-            seconds["steps"] += time.perf_counter() - clock
-    seconds["total"] = time.perf_counter() - started
-    if totals["skipped_steps"] > config.steps // 10:
+                line: dict[str, Any] = {}
+                if done % config.log_every == 0 or done == config.steps:
+                    rate = learning_rate(step, config)
+                    line = {"loss": losses[-1], "gradient_norm": result.gradient_norm, "learning_rate": rate}
+                    line |= meter.line(ranks=here.world)
+                    bar.set_postfix(loss=f"{result.loss:.3f}")
+                    log.debug("step %d loss %.4f gradient norm %.3g", done, result.loss, result.gradient_norm)
+                best = False
+                if scores is not None and (done % config.eval_every == 0 or done == config.steps):
+                    with meter.timing("eval"):
+                        scored = scores.score(learner)
+                    line |= scored
+                    best = run.best_loss is None or scored["held_out_loss"] < run.best_loss
+                    if best:
+                        run.best_step, run.best_loss = done, scored["held_out_loss"]
+                if line:
+                    lines.write(done, line)
+                due = config.save_every and (best or done % config.save_every == 0) and done < config.steps
+                if due or (result.stop and done < config.steps):
+                    save(done)
+                if result.stop and done < config.steps:
+                    if here.first:
+                        log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
+                    raise KeyboardInterrupt
+    state = meter.state()
+    if (skipped := state["counts"]["skipped_steps"]) > config.steps // 10:
         raise RuntimeError(
-            f"train: the gradient was not finite in {totals['skipped_steps']} of {config.steps} steps; "
+            f"train: the gradient was not finite in {skipped} of {config.steps} steps; "
             "lower train.learning_rate or use a wider precision"
         )
+    seconds = state["seconds"]
     return {
-        "steps": step,
+        "steps": len(losses),
         "ranks": here.world,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": losses,
+        "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
+        "recompute": learner.recompute.on,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        **totals,
-        "examples_per_second": round(totals["examples"] / seconds["total"], 2),
+        **state["counts"],
+        "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
     }
 
 
 def windows(
-    dataset: PackedDataset, config: TrainConfig, here: Ranks, padded: bool = False, start: int = 0
-) -> Iterator[list[list[list[Datapoint]]]]:
+    dataset: PackedDataset | Part, config: TrainConfig, here: Ranks, padded: bool = False, start: int = 0
+) -> Iterator[tuple[int, list[list[list[Datapoint]]]]]:
     """This rank's datapoints by window, step and row, epoch after epoch until the steps are done.
 
     Args:
@@ -195,11 +244,15 @@ def windows(
         config: the steps and their rows.
         here: the rank.
         padded: rows are rectangles, not sequences joined.
-        start: steps that are done already.
+        start: steps that are done already; the first window is the one that holds this step, from its beginning on.
+
+    Yields:
+        The number of the window's first step, and the window.
     """
     settings = PlanSettings(
         tokens_per_row=config.tokens_per_row,
-        examples_per_step=config.examples_per_step,
+        examples_per_step=None if config.tokens_per_step else config.examples_per_step,
+        tokens_per_step=config.tokens_per_step,
         padded=padded,
         longer_alone=True,
         window=config.window,
@@ -210,53 +263,90 @@ def windows(
     while done < config.steps:
         plan = Plan.make(dataset, replace(settings, epoch=epoch))
         if len(plan) == 0:
+            per_step = "examples_per_step" if config.tokens_per_step is None else "tokens_per_step"
             raise ValueError(
-                f"the data set holds {len(dataset)} datapoints, fewer than train.examples_per_step = {config.examples_per_step}"
+                f"the data set holds {len(dataset)} datapoints, fewer than train.{per_step} = {getattr(config, per_step)}"
             )
         if start < done + len(plan):
-            for window in plan.windows(max(0, start - done), end=config.steps - done, rank=here.rank):
-                yield [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
+            first = max(0, start - done) // config.window * config.window
+            for window in plan.windows(first, end=config.steps - done, rank=here.rank):
+                yield done + first, [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
+                first += len(window)
         done += len(plan)
         epoch += 1
 
 
-def look_ahead(
-    target: PreTrainedModel, arch: archs.Arch, points: Sequence[Datapoint], config: TrainConfig
-) -> dict[str, torch.Tensor]:
-    """The vectors of a window's datapoints by id; each distinct context is run once, adapter off."""
-    if not points:
-        return {}
-    reads = [Read(point.context_ids, point.layers, point.read_positions) for point in points]
-    vectors_PD, offsets = read_vectors(target, arch, reads, tokens_per_row=config.tokens_per_row)
-    return {point.id: vectors_PD[first:end] for point, first, end in zip(points, offsets, offsets[1:], strict=False)}
+def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The base and the target, which may be one model, checked on a few contexts."""
+    placed = replace(recipe.model, device=str(here.device))
+    model = load_model(placed)
+    target = load_model(placed, which="target") if recipe.model.target else model
+    contexts = [dataset[index].context_ids for index in range(min(4, len(dataset)))]
+    for each in {id(model): model, id(target): target}.values():
+        fuse_norms(each)
+        check_model(each, archs.find(each), contexts)
+    return model, target
 
 
-def setup_optimizer(peft: torch.nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-    """AdamW over the adapter, and the one flat buffer that all its gradients are views of."""
-    parameters = [parameter for parameter in peft.parameters() if parameter.requires_grad]
-    flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
-    first = 0
-    for parameter in parameters:
-        parameter.grad = flat[first : first + parameter.numel()].view_as(parameter)
-        first += parameter.numel()
-    settings = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw8bit":
-        return adamw8bit(parameters, **settings), flat
-    return torch.optim.AdamW(parameters, **settings, fused=True), flat
+def _identity(recipe: Recipe, dataset: PackedDataset) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from."""
+    settings = {name: value for name, value in to_dict(recipe.train).items() if name not in _FREE}
+    model = {name: value for name, value in to_dict(recipe.model).items() if name != "device"}
+    shards = [entry["sha256"] for entry in dataset.manifest["shards"]]
+    return {"train": settings, "model": model, "shards": shards}
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then linear decay to zero after the last step."""
-    warm = max(1, round(config.warmup * config.steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * (config.steps - step) / max(1, config.steps - warm)
+def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | None:
+    """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
+
+    Raises:
+        FileExistsError: the folder holds something else than an adapter, or an unfinished run that is not to be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another --out")
+    is_adapter, saved = (out / "adapter_config.json").is_file(), checkpoints(out)
+    is_run = (out / "log.jsonl").is_file() or (out / "checkpoints").is_dir()
+    if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
+        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
+    if resume and is_adapter:
+        return out / RECORD
+    if resume and saved:
+        return saved[-1]
+    if saved and not is_adapter and not restart:
+        raise FileExistsError(
+            f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
+        )
+    here.wait()
+    if here.first:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return None
 
 
-def write(
-    recipe: Recipe, peft: Any, arch: archs.Arch, dataset: PackedDataset, record: dict[str, Any], out: Path
-) -> None:
-    """Write the adapter, its contract, the resolved recipe and the training record."""
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Inside, the first SIGINT or SIGTERM asks the run to stop after its step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict[str, Any], out: Path) -> None:
+    """Write the adapter, its contract, the resolved recipe and, last, the training record."""
     config = recipe.train
     contract = OracleConfig(
         model=recipe.model.name,
@@ -265,7 +355,7 @@ def write(
         injection_scale=config.injection_scale,
         rescale=config.rescale,
         layer_combinations=tuple(dataset.layer_combinations),
-        num_layers=arch.num_layers,
+        num_layers=learner.arch.num_layers,
         framing=framer(recipe.model.name, recipe.model.revision).fingerprint,
         trained={
             "steps": record["steps"],
@@ -275,6 +365,6 @@ def write(
             "lora": {"r": config.rank, "alpha": config.alpha, "dropout": config.dropout},
         },
     )
-    save_adapter(peft, out, base=recipe.model.name, ao_config=contract.to_json())
+    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=contract.to_json())
     write_atomic(out / "recipe.toml", to_toml(recipe))
-    write_atomic(out / "training.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")

@@ -182,6 +182,7 @@ def test_train_writes_an_adapter_and_how_it_was_made(run, project, packed, tmp_p
     assert files(tmp_path / "adapter") == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "log.jsonl",
         "ao_config.json",
         "recipe.toml",
         "training.json",

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from ao import cli
-from ao.cache import ActivationCache, context_keys, verify
+from ao.cache import ActivationCache, context_keys, contract_of, verify
 from ao.collect import run, sinks, wanted
 from ao.collect.imported import import_tensor
 from ao.collect.missing import remaining
-from ao.collect.run import Alike, collect, contract_of
+from ao.collect.run import Alike, collect
 from ao.collect.wanted import Unit, Units, every_position, units_of
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.distributed import launch

@@ -18,6 +18,7 @@ ROWS = [
     {"cli"},
     {"demo"},
     {"train", "collect", "eval", "inspection"},
+    {"training"},
     {"oracle", "pack", "plots", "rollouts"},
     {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "cache", "checkpoint", "shards", "distributed", "memory"},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +18,26 @@ from numpy.testing import assert_allclose
 from transformers import AutoModelForCausalLM
 
 import ao.train
+import ao.training.lookahead
+import ao.training.step
 from ao import Oracle
 from ao.batch import lay_out
+from ao.collect.run import collect
+from ao.collect.wanted import units as wanted_units
 from ao.config import Recipe, TrainConfig, load_recipe, parse_recipe
 from ao.demo import world
 from ao.distributed import Ranks, launch
 from ao.loss import labels_of
+from ao.models.adapters import as_target
 from ao.models.load import load_model
 from ao.pack import pack
 from ao.prompt import framer, model_folder
+from ao.residuals import read_vectors
 from ao.shards import PackedDataset
-from ao.train import learning_rate, train, windows
+from ao.train import train, windows
+from ao.training.heldout import split
+from ao.training.state import checkpoints
+from ao.training.step import Learner, learning_rate
 
 STEPS, PER_STEP = 6, 8
 READS = [{"share": 0.5, "all": True}, {"share": 0.5, "window": [1, 3]}]
@@ -102,12 +113,12 @@ def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path):
         assert both[name] == record[name]
 
 
-@pytest.mark.parametrize("changes", [{"tokens_per_row": 150}, {"tokens_per_row": 1}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"tokens_per_row": 150}, {"tokens_per_row": 1}, {"recompute": "on"}], ids=str)
 def test_rows_and_recompute_change_no_loss(changes, plain, packed, tmp_path):
     assert_allclose(losses(packed, tmp_path / "out", **changes), plain[0]["losses"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("recompute", "times"), [("off", 1), ("on", 2)])
 def test_recompute_runs_the_blocks_again(recompute, times, packed, tmp_path, monkeypatch):
     calls = []
 
@@ -119,6 +130,7 @@ def test_recompute_runs_the_blocks_again(recompute, times, packed, tmp_path, mon
         return model
 
     monkeypatch.setattr(ao.train, "load_model", counted)
+    monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
     losses(packed, tmp_path / "out", steps=2, tokens_per_row=10**6, recompute=recompute)
     assert len(calls) == 2 * times
 
@@ -128,9 +140,9 @@ def test_looking_ahead_changes_no_loss(steps_ahead, plain, packed, tmp_path, mon
     """The steps of the plan, their contexts collected for fewer or more of them at once."""
 
     def cut(*args):
-        steps = [rows for window in windows(*args) for rows in window]
+        steps = [rows for _, window in windows(*args) for rows in window]
         for first in range(0, len(steps), steps_ahead):
-            yield steps[first : first + steps_ahead]
+            yield first, steps[first : first + steps_ahead]
 
     monkeypatch.setattr(ao.train, "windows", cut)
     assert_allclose(losses(packed, tmp_path / "out"), plain[0]["losses"], rtol=1e-5)
@@ -179,7 +191,7 @@ def steps_of(packed: Path, **changes: object) -> list[list]:
     """The datapoints of each step, on one rank."""
     here = Ranks(rank=0, world=1, device=torch.device("cpu"))
     found = windows(PackedDataset.open(packed), recipe_of(**changes).train, here)
-    return [[point for points in rows for point in points] for window in found for rows in window]
+    return [[point for points in rows for point in points] for _, window in found for rows in window]
 
 
 def first_step(packed: Path) -> list:
@@ -284,12 +296,12 @@ def test_one_integer_resumes(packed):
     dataset, here = PackedDataset.open(packed), Ranks(rank=0, world=1, device=torch.device("cpu"))
     config = recipe_of(steps=20, tokens_per_row=150).train
     ids = lambda found: [[[point.id for point in points] for points in rows] for rows in found]  # noqa: E731
-    whole = [ids(window) for window in windows(dataset, config, here)]
-    assert max(len(rows) for window in whole for rows in window) > 1
+    whole = [(first, ids(window)) for first, window in windows(dataset, config, here)]
+    assert max(len(rows) for _, window in whole for rows in window) > 1
     for start in (0, 1, 4, 8, 9, 10, 19):
-        found = [ids(window) for window in windows(dataset, config, here, False, start)]
-        assert [step for window in found for step in window] == [step for window in whole for step in window][start:]
-        assert found[1:] == whole[len(whole) - len(found) + 1 :]
+        found = [(first, ids(window)) for first, window in windows(dataset, config, here, False, start)]
+        assert found == whole[len(whole) - len(found) :]
+        assert found[0][0] <= start < found[0][0] + len(found[0][1])
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ def test_one_integer_resumes(packed):
 def test_training_fits_what_it_sees(packed, tmp_path, monkeypatch):
     """Every step the same eight examples: their loss falls."""
     points = first_step(packed)
-    monkeypatch.setattr(ao.train, "windows", lambda *args: ([[points]] for _ in range(12)))
+    monkeypatch.setattr(ao.train, "windows", lambda *args: ((step, [[points]]) for step in range(12)))
     found = losses(packed, tmp_path / "out", steps=12, learning_rate=1e-2)
     assert found[-1] < 0.5 * found[0]
 
@@ -331,7 +343,7 @@ def test_eight_bit_states_train_alike(packed, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_the_settings_of_a_large_run_go_together(precision, packed, tmp_path):
     """Low precision, recompute, dropout and 8-bit states in one run, and an oracle of it that answers."""
-    recipe = recipe_of(steps=3, recompute=True, dropout=0.05, optimizer="adamw8bit", rank=64)
+    recipe = recipe_of(steps=3, recompute="on", dropout=0.05, optimizer="adamw8bit", rank=64)
     recipe = replace(recipe, model=replace(recipe.model, precision=precision))
     record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
     # Before the first step the oracle is the base, whose loss hardly depends on the precision; B then moves it.
@@ -355,18 +367,19 @@ def test_dropout_is_on_while_training(plain, packed, tmp_path):
 @pytest.mark.parametrize(("bad", "skipped"), [({2}, 1), (set(range(STEPS)), None)])
 def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_path, monkeypatch):
     calls = iter(range(10**6))
-    answer_loss = ao.train.answer_loss
+    answer_loss = ao.training.step.answer_loss
 
     def broken(*args):
         return answer_loss(*args) * (math.nan if next(calls) in bad else 1.0)
 
-    monkeypatch.setattr(ao.train, "answer_loss", broken)
+    monkeypatch.setattr(ao.training.step, "answer_loss", broken)
+    monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
     # One row a step, so that a call is a step; one bad step in ten is let pass.
     recipe = recipe_of(steps=10, tokens_per_row=10**6)
     if skipped is None:
         with pytest.raises(RuntimeError, match="gradient was not finite in 6 of 10 steps"):
             train(recipe, data=packed, out=tmp_path / "out", progress=False)
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
         return
     record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
     assert record["skipped_steps"] == 1
@@ -418,3 +431,193 @@ def test_activations_that_cannot_be_collected_yet_are_refused(target, tmp_path):
     pack(recipe, root=tmp_path, out=tmp_path / "packed")
     with pytest.raises(ValueError, match=f"'last' reads {target!r} activations"):
         train(recipe, data=tmp_path / "packed", out=tmp_path / "out", progress=False)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a process that ends."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("killed_after", [1, 3, 5])
+def test_a_resumed_run_ends_in_the_same_bytes(killed_after, optimizer, packed, tmp_path, monkeypatch):
+    """In mid-window, with dropout and held-out scores; what was done behind the last checkpoint is done again."""
+    changes = {"dropout": 0.3, "held_out": 8, "eval_every": 3, "save_every": 2, "optimizer": optimizer, "rank": 16}
+    recipe = recipe_of(log_every=1, **changes)
+    whole = train(recipe, data=packed, out=tmp_path / "whole", progress=False)
+    step, done = Learner.step, iter(range(10**6))
+
+    def dying(self, *args, **kwargs):
+        if next(done) == killed_after:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", dying)
+        with pytest.raises(Killed):
+            train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    if killed_after > 1:
+        with pytest.raises(FileExistsError, match="--resume goes on with it, --restart removes it"):
+            train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    record = train(recipe, data=packed, out=tmp_path / "out", resume=True, progress=False)
+    assert record["losses"] == whole["losses"]
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+    assert record["best_held_out"] == whole["best_held_out"]
+    lines, expected = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("out", "whole")
+    )
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for name in ("loss", "gradient_norm", "learning_rate", "held_out_loss", "held_out_loss_shuffled"):
+        assert [line.get(name) for line in lines] == [line.get(name) for line in expected]
+
+
+def test_two_ranks_resume_what_two_ranks_began(packed, tmp_path):
+    recipe = recipe_of(dropout=0.3, save_every=2)
+    launched = partial(train, data=packed, progress=False)
+    whole = launch(partial(launched, out=tmp_path / "whole"), recipe, processes=2)
+    # The run's checkpoint of two steps, as a killed run would have left it.
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-000002", tmp_path / "out/checkpoints/step-000002")
+    again = launch(partial(launched, out=tmp_path / "out", resume=True), recipe, processes=2)
+    assert again["losses"] == whole["losses"]
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "one" / "checkpoints")
+    with pytest.raises(ValueError, match="written by 2 ranks, resumed with 1"):
+        train(recipe, data=packed, out=tmp_path / "one", resume=True, progress=False)
+
+
+def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch):
+    recipe = recipe_of(save_every=0)
+    step, signals = Learner.step, iter([signal.SIGTERM])
+
+    def signalled(self, *args, **kwargs):
+        for number in signals:
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    found = [path.name for path in checkpoints(tmp_path / "out")]
+    # The flag is read before a step, and the signal came within the first.
+    assert found == ["step-000002"]
+    record = train(recipe, data=packed, out=tmp_path / "out", resume=True, progress=False)
+    assert record["losses"] == losses(packed, tmp_path / "whole")
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(packed, tmp_path):
+    recipe = recipe_of(steps=8, save_every=1, keep=2, held_out=8, eval_every=2)
+    record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    found = {path.name for path in checkpoints(tmp_path / "out")}
+    best = f"step-{record['best_held_out']['step']:06d}"
+    assert found >= {"step-000006", "step-000007"}
+    assert found <= {"step-000006", "step-000007", best}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"learning_rate": 1e-3}, r"train was .*1e-3|train was"), ({"steps": 7}, "train was")],
+    ids=["rate", "steps"],
+)
+def test_another_run_is_not_resumed(changes, problem, packed, tmp_path):
+    train(recipe_of(save_every=2), data=packed, out=tmp_path / "out", progress=False)
+    for name in ("adapter_config.json", "training.json"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(ValueError, match=problem):
+        train(recipe_of(save_every=2, **changes), data=packed, out=tmp_path / "out", resume=True, progress=False)
+    # What no loss depends on may change.
+    train(recipe_of(save_every=3, log_every=1), data=packed, out=tmp_path / "out", resume=True, progress=False)
+
+
+# --- the held-out part, and the ways to train ------------------------------------------------------------------------
+
+
+def test_the_held_out_part_shares_no_context_with_training(packed):
+    dataset = PackedDataset.open(packed)
+    training, held_out = split(dataset, 10, seed=0)
+    assert len(training) + len(held_out) == len(dataset)
+    assert 10 <= len(held_out) < 20
+    assert not set(dataset.groups[training.indices]) & set(dataset.groups[held_out.indices])
+    assert {held_out[at].id for at in range(len(held_out))} == {dataset[int(at)].id for at in held_out.indices}
+    nothing = split(dataset, 0, seed=0)
+    assert (len(nothing[0]), len(nothing[1])) == (len(dataset), 0)
+    with pytest.raises(ValueError, match="nothing would be left to train on"):
+        split(dataset, len(dataset), seed=0)
+
+
+def test_a_mean_over_examples_weighs_each_alike(packed, tmp_path):
+    model = bare(model_folder("demo"))
+    points = first_step(packed)
+    each = [loss_by_hand(model, model, [point]) for point in points]
+    found = losses(packed, tmp_path / "out", steps=1, loss="per_example_mean", tokens_per_row=150)
+    # One datapoint's loss by hand is the mean over its answer.
+    assert found == [pytest.approx(np.mean(each), rel=1e-5)]
+
+
+def test_steps_of_a_token_budget(packed, tmp_path):
+    record = train(
+        recipe_of(tokens_per_step=300, tokens_per_row=150), data=packed, out=tmp_path / "out", progress=False
+    )
+    assert record["steps"] == STEPS
+    assert record["input_tokens"] <= STEPS * 300
+
+
+def test_a_cache_gives_the_losses_of_looking_ahead(plain, packed, tmp_path, monkeypatch):
+    recipe = recipe_of()
+    units = wanted_units(recipe, data=packed)
+    collect(recipe.model, units, out=tmp_path / "acts", dtype="F32")
+    reads: list[int] = []
+
+    def counted(*args, **kwargs):
+        reads.append(1)
+        return read_vectors(*args, **kwargs)
+
+    monkeypatch.setattr(ao.training.lookahead, "read_vectors", counted)
+    found = losses(packed, tmp_path / "out", cache=str(tmp_path / "acts"))
+    assert not reads
+    assert_allclose(found, plain[0]["losses"], rtol=1e-5)
+    # What is missing is collected.
+    for file in sorted((tmp_path / "acts").glob("*00000*")):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("breaks", "problem"),
+    [
+        ("adapter", "the adapter does nothing"),
+        ("injection", "the injection does nothing"),
+        ("packing", "they see each other"),
+    ],
+)
+def test_the_self_test_names_what_is_broken(breaks, problem, packed, tmp_path, monkeypatch):
+    row_loss = Learner.row_loss
+
+    def broken(self, points, vectors):
+        if breaks == "adapter":
+            with as_target(self.model):
+                loss, counts = row_loss(self, points, vectors)
+            return loss, counts
+        if breaks == "injection":
+            vectors = {name: torch.ones_like(each) for name, each in vectors.items()}
+        loss, counts = row_loss(self, points, vectors)
+        return (loss * 1.1, counts) if breaks == "packing" and len(points) > 1 else (loss, counts)
+
+    monkeypatch.setattr(Learner, "row_loss", broken)
+    with pytest.raises(RuntimeError, match=problem):
+        losses(packed, tmp_path / "out")
+
+
+def test_the_log_tells_rates_and_scores(packed, tmp_path):
+    train(recipe_of(log_every=2, held_out=8, eval_every=3), data=packed, out=tmp_path / "out", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert lines[0].keys() >= {
+        *("loss", "gradient_norm", "learning_rate", "examples_per_second", "tokens_per_second", "mfu", "hfu"),
+        *("tflops", "peak_memory_bytes", "data_wait", "target_share"),
+    }
+    assert lines[0]["examples_per_second"] > 0
+    assert lines[1].keys() == {"step", "held_out_loss", "held_out_loss_shuffled", "held_out_gain"}
+    with pytest.raises(ModuleNotFoundError, match=r"train\.track names 'wandb'"):
+        losses(packed, tmp_path / "other", track=("wandb",))

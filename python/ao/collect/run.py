@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ao.cache import contract_of
 from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining
 from ao.collect.sinks import DTYPES, CacheSink, PlainSink, Sink, finish_cache
-from ao.collect.wanted import Unit, target_of
+from ao.collect.wanted import Unit
 from ao.config import ModelConfig
 from ao.distributed import Ranks, ranks
-from ao.manifest import adapter_fingerprint, fingerprint
+from ao.manifest import fingerprint
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import DTYPES as COMPUTED
 from ao.models.load import fuse_norms, load_model, resolve_device
-from ao.prompt import framer, identity
 from ao.residuals import collected
 from ao.selftest import check_model
 
@@ -36,18 +36,6 @@ log = logging.getLogger(__name__)
 
 ALIKE = 0.9999
 """Least cosine between rows of a layer above which they are called alike."""
-
-
-def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[str, Any]:
-    """What rows are: which weights at which precision, whether with an adapter, and what a layer is."""
-    name, revision = target_of(model)
-    return {
-        **identity(name, revision, framer=framer(name, revision)),
-        "revision": revision,
-        "precision": model.precision,
-        "adapter": None if adapter is None else adapter_fingerprint(adapter),
-        "reads": "residual stream after block k, counted from 0: hidden_states[k + 1]",
-    }
 
 
 def collect(

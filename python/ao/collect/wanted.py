@@ -18,9 +18,9 @@ import numpy as np
 
 from ao._ao import Framer
 from ao.cache import context_keys
-from ao.config import ModelConfig, Recipe
+from ao.config import Recipe
 from ao.manifest import fingerprint
-from ao.prompt import fingerprints, framer, num_layers, resolve_layer
+from ao.prompt import fingerprints, framer, num_layers, resolve_layer, target_of
 from ao.residuals import Wanted
 from ao.shards import PackedDataset
 
@@ -226,8 +226,3 @@ def text_contexts(path: Path, oracle_framer: Framer) -> list[np.ndarray]:
                     f"{path}: line {number}: expected an object with text or messages, got {line[:60]!r} ({error})"
                 ) from None
     return contexts
-
-
-def target_of(model: ModelConfig) -> tuple[str, str | None]:
-    """Name and revision of the model that is read."""
-    return (model.name, model.revision) if model.target is None else (model.target, model.target_revision)

@@ -100,6 +100,17 @@ def linears(arch: Arch) -> list[str]:
     ]
 
 
+def linear_weights(arch: Arch, *, upto: int | None = None) -> int:
+    """Number of weights of the blocks' linears, as LoRA adapts them, up to and with block `upto`; experts that are no
+    linears do not count."""
+    names = {name.removeprefix(f"{arch.layers_path}.") for name in linears(arch)}
+    return sum(
+        module.in_features * module.out_features
+        for name, module in arch.layers.named_modules()
+        if isinstance(module, nn.Linear) and name in names and (upto is None or int(name.partition(".")[0]) <= upto)
+    )
+
+
 def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
     """fp32 logits [K, vocab] of final residuals [K, d_model], soft-capped as the model does."""
     logits_KV = arch.head(resid_KD).float()

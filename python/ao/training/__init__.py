@@ -1,0 +1,1 @@
+"""The parts of training: what `ao.train`'s loop is made of."""

@@ -1,0 +1,74 @@
+"""The held-out part: datapoints that training never sees, nor any of their contexts, and their loss with a control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ao.batch import rows_of
+from ao.distributed import Ranks
+from ao.shards import Datapoint, PackedDataset, Part
+from ao.training.step import Learner
+
+
+def split(dataset: PackedDataset, count: int, *, seed: int) -> tuple[Part, Part]:
+    """A training and a held-out part that share no context; the held-out one has `count` datapoints or a few more.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    groups = dataset.groups
+    order = np.random.default_rng(seed).permutation(int(groups.max()) + 1) if count else np.empty(0, np.int64)
+    # Contexts are taken in their drawn order until there are enough datapoints.
+    sizes = np.bincount(groups)[order] if count else np.empty(0, np.int64)
+    chosen = order[: int(np.searchsorted(np.cumsum(sizes), count)) + 1] if count else order
+    is_held_out = np.isin(groups, chosen)
+    if is_held_out.all():
+        raise ValueError(
+            f"train.held_out is {count}, but the data set has {len(dataset)} datapoints in {len(sizes)} contexts; "
+            "nothing would be left to train on"
+        )
+    return Part(dataset, np.flatnonzero(~is_held_out)), Part(dataset, np.flatnonzero(is_held_out))
+
+
+class HeldOut:
+    """Scores of held-out datapoints, each rank scoring its own."""
+
+    def __init__(
+        self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor], *, tokens_per_row: int, packed: bool
+    ) -> None:
+        self._points = points
+        self._vectors = vectors
+        self._shuffled = shuffled(points, vectors)
+        lengths = [len(point.input_ids) for point in points]
+        rows = rows_of(lengths, tokens_per_row=tokens_per_row, packed=packed)
+        self._rows = [[points[index] for index in row] for row in rows]
+
+    def score(self, learner: Learner) -> dict[str, float]:
+        """Loss with the datapoints' own activations and with others' of the same layer, and how much the own ones tell."""
+        own, other = (learner.losses(self._rows, vectors) for vectors in (self._vectors, self._shuffled))
+        return {"held_out_loss": own, "held_out_loss_shuffled": other, "held_out_gain": other - own}
+
+
+def share_of(points: Part, here: Ranks) -> list[Datapoint]:
+    """What this rank scores."""
+    return [points[index] for index in range(here.rank, len(points), here.world)]
+
+
+def shuffled(points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For each datapoint as many vectors of the next one that reads the same layers, repeated where it has fewer."""
+    by_layers: dict[tuple[int, ...], list[Datapoint]] = {}
+    for point in points:
+        by_layers.setdefault(tuple(np.unique(point.layers).tolist()), []).append(point)
+    found = {}
+    for alike in by_layers.values():
+        for point, donor in zip(alike, alike[1:] + alike[:1], strict=True):
+            parts = []
+            for layer in dict.fromkeys(point.layers.tolist()):
+                of_donor = vectors[donor.id][torch.from_numpy(np.flatnonzero(donor.layers == layer))]
+                wanted = int((point.layers == layer).sum())
+                parts.append(of_donor[torch.arange(wanted) % len(of_donor)])
+            found[point.id] = torch.cat(parts)
+    return found

@@ -1,0 +1,99 @@
+"""What a run's time goes to: rates, model FLOPs, waiting, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ao.memory import peak_rss_bytes
+from ao.models.arch import Arch, linear_weights
+from ao.training.step import StepResult
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bf16 FLOP/s that the makers' data sheets state, by a part of the device's name; of other devices no share is told."""
+
+
+class Meter:
+    """Adds up what steps do, for the log and for the record.
+
+    MFU counts 4 N FLOPs a trained token, N the weights of the blocks' linears: forward, and backward to the inputs, as the
+    weights are frozen. HFU adds what is run beside that: 2 N where the backward pass recomputes, and the target's blocks
+    for its context tokens.
+    """
+
+    def __init__(self, arch: Arch, target: Arch, *, deepest: int, recompute: bool, device: torch.device) -> None:
+        self._per_token = 4 * linear_weights(arch)
+        self._beside = (2 * linear_weights(arch) if recompute else 0, 2 * linear_weights(target, upto=deepest))
+        self._device = device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.seconds = {"total": 0.0, "target": 0.0, "data": 0.0, "eval": 0.0, "save": 0.0}
+        self.counts = {"examples": 0, "input_tokens": 0, "answer_tokens": 0, "context_tokens": 0, "skipped_steps": 0}
+        self._clock = time.perf_counter()
+        self._last = self._now()
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """What happens inside is a part of the run's seconds."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - started
+
+    def context_tokens(self, tokens: int) -> None:
+        """Context tokens that this rank ran through the target."""
+        self.counts["context_tokens"] += tokens
+
+    def step(self, result: StepResult) -> None:
+        """A step is done."""
+        for name in ("examples", "input_tokens", "answer_tokens"):
+            self.counts[name] += getattr(result, name)
+        self.counts["skipped_steps"] += result.skipped
+
+    def line(self, *, ranks: int) -> dict[str, Any]:
+        """Rates since the last line. FLOPs are those of one device."""
+        now = self._now()
+        did = {name: now[name] - self._last[name] for name in now}
+        self._last = now
+        seconds = max(did["total"], 1e-9)
+        trained = self._per_token * did["input_tokens"] / ranks
+        beside = self._beside[0] * did["input_tokens"] / ranks + self._beside[1] * did["context_tokens"]
+        line = {
+            "examples_per_second": did["examples"] / seconds,
+            "tokens_per_second": did["input_tokens"] / seconds,
+            "context_tokens_per_second": did["context_tokens"] / seconds,
+            "tflops": trained / seconds / 1e12,
+            "mfu": None if self._peak is None else trained / seconds / self._peak,
+            "hfu": None if self._peak is None else (trained + beside) / seconds / self._peak,
+            "target_share": did["target"] / seconds,
+            "data_wait": did["data"] / seconds,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        return {name: value if value is None else float(f"{value:.5g}") for name, value in line.items()}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from what a checkpoint counted."""
+        self.seconds.update(saved["seconds"])
+        self.counts.update(saved["counts"])
+        self._last = self._now()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint and the record."""
+        self._now()
+        return {"seconds": dict(self.seconds), "counts": dict(self.counts)}
+
+    def _now(self) -> dict[str, float]:
+        clock = time.perf_counter()
+        self.seconds["total"] += clock - self._clock
+        self._clock = clock
+        return {**self.seconds, **self.counts}
+
+    def _peak_memory(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return peak_rss_bytes()

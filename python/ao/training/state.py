@@ -1,0 +1,147 @@
+"""Checkpoints of a run: all that the next step depends on, in safetensors and JSON.
+
+A checkpoint is a folder `step-NNNNNN` below OUT/checkpoints, there whole or not at all. The first rank writes the adapter's
+weights and the optimizer's states, every rank its random state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+
+from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
+from ao.training.step import Learner
+
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def save_checkpoint(out: Path, learner: Learner, run: Mapping[str, Any]) -> Path:
+    """Write a checkpoint; every rank calls this.
+
+    Args:
+        out: the run's folder.
+        learner: what is trained.
+        run: what `load_checkpoint` gives back: JSON with the number of steps done under "step".
+    """
+    folder = out / FOLDER / f"step-{run['step']:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    here = learner.here
+    if here.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    here.wait()
+    write_atomic(partial / f"random-{here.rank}.safetensors", serialize(_random_state(here.device)))
+    if here.first:
+        state = _flat(learner.optimizer.state_dict()["state"].get(0, {}))
+        numbers = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+        tensors = {
+            f"optimizer.{name}": value.detach().cpu().clone() for name, value in state.items() if name not in numbers
+        }
+        tensors["weights"] = learner.weights.detach().cpu().clone()
+        write_atomic(partial / "state.safetensors", serialize(tensors))
+        write_atomic(partial / "run.json", canonical_json({**run, "ranks": here.world, "optimizer": numbers}))
+    here.wait()
+    if here.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    here.wait()
+    return folder
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
+    """Put a learner into the state of a checkpoint, and give back what was saved with it.
+
+    Raises:
+        ValueError: it was written by another number of ranks, or by an adapter of another size.
+    """
+    run = read_manifest(folder / "run.json")
+    here = learner.here
+    if run["ranks"] != here.world:
+        raise ValueError(
+            f"{folder}: written by {run['ranks']} ranks, resumed with {here.world}; each has a random state of its own, so "
+            f"start {run['ranks']} again"
+        )
+    tensors = load_file(folder / "state.safetensors")
+    weights = tensors.pop("weights")
+    if weights.shape != learner.weights.shape:
+        raise ValueError(
+            f"{folder}: holds an adapter of {weights.numel()} weights, expected {learner.weights.numel()}; the recipe or "
+            "the base changed"
+        )
+    with torch.no_grad():
+        learner.weights.copy_(weights)
+    state = {name.removeprefix("optimizer."): value for name, value in tensors.items()} | run.pop("optimizer")
+    if state:
+        groups = learner.optimizer.state_dict()["param_groups"]
+        learner.optimizer.load_state_dict({"state": {0: _nested(state)}, "param_groups": groups})
+    random = load_file(folder / f"random-{here.rank}.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], here.device)
+    return run
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, by steps done."""
+    found = [path for path in (out / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prune(out: Path, *, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the last ones, the best one, and the latest of all."""
+    found = checkpoints(out)
+    kept = {*found[len(found) - max(1, keep) :], out / FOLDER / f"step-{best or 0:06d}"}
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def require_same_run(folder: Path, run: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Raises:
+        ValueError: names the first setting that differs.
+    """
+    saved = run["identity"]
+    for name in sorted({*saved, *identity}):
+        if canonical_json(saved.get(name)) != canonical_json(identity.get(name)):
+            raise ValueError(
+                f"{folder}: the checkpoint is of another run: {name} was {json.dumps(saved.get(name))}, got "
+                f"{json.dumps(identity.get(name))}; undo the change, or begin anew with --restart"
+            )
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """An optimizer's state by path: some keep a dictionary in it."""
+    found = {}
+    for name, value in state.items():
+        found |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

@@ -1,0 +1,224 @@
+"""One optimizer step: rows of datapoints and their vectors in, an adapter that has moved out.
+
+Shapes: K vectors of a datapoint, D d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ao.batch import lay_out, layout
+from ao.config import TrainConfig
+from ao.distributed import Ranks
+from ao.injection import Injector
+from ao.loss import answer_loss, labels_of
+from ao.models import arch as archs
+from ao.models.adapters import add_adapter, as_oracle, as_target
+from ao.models.load import adamw8bit, enable_recompute
+from ao.shards import Datapoint
+from ao.training.recompute import Recompute, choose_recompute
+
+Rows = Sequence[Sequence[Datapoint]]
+"""The datapoints of a step on this rank, by row; a row is one forward pass."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks."""
+
+    loss: float
+    """As it was minimized: mean over answer tokens, or over examples."""
+    gradient_norm: float
+    """Before clipping."""
+    skipped: bool
+    """Whether the gradient was not finite, so that nothing moved."""
+    examples: int
+    """Datapoints."""
+    input_tokens: int
+    """Tokens of prompts and answers."""
+    answer_tokens: int
+    """Labelled tokens."""
+    stop: bool
+    """Whether a rank was asked to stop."""
+
+
+class Learner:
+    """A frozen base with the adapter that is trained, and all that changes with it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: archs.Arch,
+        peft: Any,
+        injector: Injector,
+        config: TrainConfig,
+        here: Ranks,
+        recompute: Recompute,
+    ) -> None:
+        self.model = model
+        self.arch = arch
+        self.peft = peft
+        self.injector = injector
+        self.config = config
+        self.here = here
+        self.recompute = recompute
+        self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
+        self.optimizer = _optimizer(self.weights, config)
+        # Checkpointing of some versions of transformers runs the hook again.
+        self._times = (1, 2) if recompute.on else (1,)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: TrainConfig, here: Ranks) -> Learner:
+        """Put a new adapter on a base, and set up injection, recompute and optimizer."""
+        arch = archs.find(model)
+        torch.manual_seed(config.seed)
+        peft = add_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+        # Every rank begins with the same adapter, and from here on drops units of its own.
+        torch.manual_seed(config.seed + here.rank)
+        injector = Injector(
+            arch.layers,
+            layer=config.injection_layer,
+            rule=config.injection,
+            scale=config.injection_scale,
+            rescale=config.rescale,
+        )
+        recompute = choose_recompute(model, arch, config, here.device)
+        if recompute.on:
+            enable_recompute(model)
+        model.train()
+        return cls(model, arch, peft, injector, config, here, recompute)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, steps can be made: the model takes packed rows, and the adapter is the active one."""
+        with layout(self.model, self.arch), as_oracle(self.model):
+            yield
+
+    def step(self, rows: Rows, vectors: Mapping[str, torch.Tensor], rate: float, *, stop: bool = False) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            rows: this rank's datapoints; other ranks call with theirs.
+            vectors: activations by the datapoint's id, each [K, D].
+            rate: the learning rate.
+            stop: whether this rank was asked to stop; all ranks are told in the result.
+        """
+        sums = self.backward(rows, vectors, stop=stop)
+        loss_sum, divisor, answer_tokens, input_tokens, examples, stopping = sums.tolist()
+        norm = float(self.gradient.norm())
+        finite = math.isfinite(norm)
+        if finite:
+            self.gradient *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        return StepResult(
+            loss=loss_sum / divisor,
+            gradient_norm=norm,
+            skipped=not finite,
+            examples=int(examples),
+            input_tokens=int(input_tokens),
+            answer_tokens=int(answer_tokens),
+            stop=stopping > 0,
+        )
+
+    def backward(self, rows: Rows, vectors: Mapping[str, torch.Tensor], *, stop: bool = False) -> torch.Tensor:
+        """The gradient of a step, over all ranks, in `gradient`; no update.
+
+        Returns:
+            Float64 [6] on the device: loss sum, what it is divided by, answer tokens, input tokens, examples, ranks
+            that were asked to stop.
+        """
+        self.gradient.zero_()
+        sums = torch.zeros(6, dtype=torch.float64, device=self.here.device)
+        for points in rows:
+            loss, counts = self.row_loss(points, vectors)
+            sums[0] += loss
+            sums[1:] += torch.tensor([*counts, 0], dtype=torch.float64).to(sums.device, non_blocking=True)
+        if stop:
+            sums[5] += 1
+        self.here.sum_(sums)
+        self.here.sum_(self.gradient)
+        self.gradient /= sums[1].to(self.gradient.dtype)
+        return sums
+
+    def row_loss(
+        self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Loss sum of one row, whose gradient is added up where gradients are on, and its four counts."""
+        sequences = [point.input_ids for point in points]
+        batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device)
+        labels = labels_of(
+            batch,
+            sequences,
+            [point.answer_start for point in points],
+            per_example=self.config.loss == "per_example_mean",
+        )
+        places = np.concatenate([start + point.placeholders for start, point in zip(batch.starts, points, strict=True)])
+        vectors_KD = torch.cat([vectors[point.id] for point in points])
+        times = self._times if torch.is_grad_enabled() else (1,)
+        places_K = torch.from_numpy(places).to(self.here.device, non_blocking=True)
+        with self.injector.injecting(places_K, vectors_KD, times=times):
+            resid_BTD = self.arch.decoder(**batch.model_inputs).last_hidden_state
+            loss = answer_loss(self.arch, resid_BTD, labels)
+            if loss.requires_grad:
+                loss.backward()
+        divisor = len(points) if self.config.loss == "per_example_mean" else len(labels.ids_A)
+        return loss.detach(), [divisor, len(labels.ids_A), sum(map(len, sequences)), len(points)]
+
+    @torch.no_grad()
+    def losses(self, rows: Rows, vectors: Mapping[str, torch.Tensor]) -> float:
+        """The loss of datapoints over all ranks, dropout off."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.here.device)
+        self.model.eval()
+        try:
+            for points in rows:
+                loss, counts = self.row_loss(points, vectors)
+                sums += torch.stack([loss.double(), loss.new_tensor(counts[0], dtype=torch.float64)])
+        finally:
+            self.model.train()
+        self.here.sum_(sums)
+        return float(sums[0] / sums[1])
+
+    @contextmanager
+    def as_target(self) -> Iterator[None]:
+        """Inside, the base is read, its adapter off."""
+        with as_target(self.model):
+            yield
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then linear decay to zero after the last step."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * (config.steps - step) / max(1, config.steps - warm)
+
+
+def _flatten(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    """Make parameters views of one flat buffer, and their gradients of another: one reduction and one optimizer kernel
+    instead of one for each of hundreds of small tensors."""
+    flat = torch.nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    first = 0
+    for parameter in parameters:
+        end = first + parameter.numel()
+        parameter.data = flat.data[first:end].view_as(parameter)
+        parameter.grad = flat.grad[first:end].view_as(parameter)
+        first = end
+    return flat, flat.grad
+
+
+def _optimizer(weights: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
+    settings = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        return adamw8bit([weights], **settings)
+    return torch.optim.AdamW([weights], **settings, fused=True)

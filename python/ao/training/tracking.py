@@ -1,0 +1,118 @@
+"""The log of a run: a line of JSON every few steps, and the trackers that the recipe names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+"""What has to be installed for each tracker."""
+
+
+class Log:
+    """Writes each line to log.jsonl and to the trackers.
+
+    Args:
+        out: folder of the run; log.jsonl keeps its lines up to `step`, later ones are of a part that is done again.
+        trackers: names from `PACKAGES`.
+        config: what the trackers show beside the run.
+        step: steps done.
+        active: False on ranks that do not speak: nothing is written.
+
+    Raises:
+        ModuleNotFoundError: a tracker is not installed.
+    """
+
+    def __init__(
+        self, out: Path, trackers: Sequence[str], *, config: Mapping[str, Any], step: int = 0, active: bool = True
+    ) -> None:
+        self._path = out / "log.jsonl"
+        self._kept = step
+        self._active = active
+        self._file: Any = None
+        self._trackers = [_tracker(name, out, config) for name in trackers] if active else []
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line: numbers by name, after `step` steps."""
+        if not self._active:
+            return
+        if self._file is None:
+            self._file = self._opened()
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
+
+    def _opened(self) -> Any:
+        """The file at the first line: a run that fails before it leaves nothing."""
+        kept = [line for line in _lines(self._path) if line["step"] <= self._kept]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("w", encoding="utf-8")
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        return file
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What a killed process left whole."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _tracker(name: str, out: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import_module(PACKAGES[name])
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"train.track names {name!r}, which is not installed; pip install {PACKAGES[name]}, or leave it out "
+            "(log.jsonl is written anyway)"
+        ) from None
+    return _TensorBoard(out) if name == "tensorboard" else _Run(import_module(name), out, config)
+
+
+class _TensorBoard:
+    def __init__(self, out: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """trackio and W&B, which share an interface."""
+
+    def __init__(self, library: Any, out: Path, config: Mapping[str, Any]) -> None:
+        self._library = library
+        library.init(project="activation-oracles", name=out.name, config=dict(config))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._library.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._library.finish()
