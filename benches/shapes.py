@@ -30,6 +30,15 @@ class Shape:
 
 FAMILY = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0}
 SHAPES = {
+    "tiny": Shape(
+        {
+            "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 4096,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+            "num_global_key_value_heads": 1, "global_head_dim": 64, "sliding_window": 512,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+        precision="fp32", layers=(2, 4, 6), tokens=4096,
+    ),
     "cpu": Shape(
         {
             "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 65_536,
@@ -65,16 +74,25 @@ def built(settings: dict[str, Any], precision: str, device: torch.device) -> Pre
     """A frozen text tower; no more of it than one matrix is ever on the device in full precision.
 
     Weights are the same in every process that builds on the same kind of device.
+
+    Args:
+        settings: a shape's.
+        precision: as in a recipe, or nf4-dequantized: NF4's values, held in bf16.
+        device: where it is built.
     """
     torch.manual_seed(0)
     config = CONFIG_MAPPING["gemma4_text"](**FAMILY, **settings)
-    dtype = DTYPES[precision]
+    dtype = DTYPES[precision.removesuffix("-dequantized")]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if precision == "nf4":
+    if precision.startswith("nf4"):
         for name in archs.linears(archs.find(model)):
             linear = model.get_submodule(name)
-            model.set_submodule(name, four_bit(random_like(linear.weight, dtype, device)))
+            quantized = four_bit(random_like(linear.weight, dtype, device))
+            if precision == "nf4":
+                model.set_submodule(name, quantized)
+            else:
+                linear.weight = nn.Parameter(dequantized(quantized), requires_grad=False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -101,3 +119,11 @@ def four_bit(weight: torch.Tensor) -> nn.Module:
     quantized = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear)
     linear.weight = quantized.to(weight.device)
     return linear
+
+
+def dequantized(linear: nn.Module) -> torch.Tensor:
+    """What a 4-bit linear multiplies with."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Any = linear.weight
+    return dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
