@@ -9,9 +9,12 @@ Shapes: T tokens of the row, N documents, S longest document, H heads, G key-val
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "ao_documents"
 """Name under which transformers finds the function."""
+VARLEN_HEAD = 256
+"""Widest head that flash attention takes; wider ones are padded to rectangles."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +38,21 @@ class Documents:
     """Tokens of the longest."""
     slots_T: torch.Tensor
     """For each token of the row its place in the [num * longest] padded layout."""
+    bounds: torch.Tensor
+    """Where each document begins, and the end of the last, int32 [num + 1]."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
         """Documents of these lengths, one after the other."""
         longest = max(lengths)
         slots = np.concatenate([index * longest + np.arange(length) for index, length in enumerate(lengths)])
-        return cls(num=len(lengths), longest=longest, slots_T=torch.from_numpy(slots).to(device))
+        bounds = np.cumsum([0, *lengths], dtype=np.int32)
+        return cls(
+            num=len(lengths),
+            longest=longest,
+            slots_T=torch.from_numpy(slots).to(device),
+            bounds=torch.from_numpy(bounds).to(device),
+        )
 
 
 def document_attention(
@@ -88,6 +101,8 @@ def document_attention(
             f"{IMPLEMENTATION}: the documents hold {documents.slots_T.shape[0]} tokens, the row {query.shape[2]} queries "
             f"and {key.shape[2]} keys; a key-value cache must be off"
         )
+    if softcap is None and _fits_varlen(query, documents, sliding_window):
+        return _varlen(query, key, value, documents, scaling, sliding_window), None
     query, key, value = (_unpack(states, documents) for states in (query, key, value))
     banded = sliding_window is not None and documents.longest > sliding_window
     if softcap is None:
@@ -115,6 +130,58 @@ def packed_rows(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@cache
+def _varlen_options() -> frozenset[str]:
+    """What torch's varlen attention takes beside the common arguments: versions differ."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _fits_varlen(query: torch.Tensor, documents: Documents, window: int | None) -> bool:
+    """Whether torch's flash kernel for ragged batches takes this: on CUDA, in half precision, heads of at most 256."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > VARLEN_HEAD:
+        return False
+    options = _varlen_options()
+    banded = window is not None and documents.longest > window
+    return "window_size" in options or ("is_causal" in options and not banded)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The same without padding: [1, T, H, E]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = _varlen_options()
+    arguments: dict[str, Any] = {}
+    if "window_size" in options:
+        arguments["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        arguments["is_causal"] = True
+    if "scale" in options:
+        arguments["scale"] = scaling
+    elif scaling is not None:
+        # Fixed at 1/sqrt(E) there.
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in options:
+            arguments["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    bounds, longest = documents.bounds, documents.longest
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **arguments).unsqueeze(0)
 
 
 def _unpack(states: torch.Tensor, documents: Documents) -> torch.Tensor:

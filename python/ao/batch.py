@@ -44,21 +44,29 @@ def layout(model: PreTrainedModel, arch: Arch) -> AbstractContextManager[None]:
     return packed_rows(model) if arch.attention_only else nullcontext()
 
 
-def lay_out(sequences: Sequence[np.ndarray], *, packed: bool, device: torch.device) -> Batch:
+def lay_out(sequences: Sequence[np.ndarray], *, packed: bool, device: torch.device, multiple: int = 1) -> Batch:
     """Lay sequences out for one forward, in their order.
 
     Args:
         sequences: token ids, each [length], none empty.
         packed: join them into one row; else right-pad them to a rectangle.
         device: where the tensors go.
+        multiple: a packed row is filled up to a multiple of so many tokens with documents that nobody reads, so that
+            compiled code meets few lengths.
     """
     lengths = [len(sequence) for sequence in sequences]
     if min(lengths, default=0) == 0:
         raise ValueError(f"a batch needs sequences with tokens, got lengths {lengths[:8]}")
     if packed:
+        num, missing = len(lengths), -sum(lengths) % multiple
+        if missing:
+            # No longer than the others, which may be laid side by side in a rectangle.
+            filling = [min(max(lengths), missing - at) for at in range(0, missing, max(lengths))]
+            sequences = [*sequences, *(np.zeros(length, dtype=np.int64) for length in filling)]
+            lengths = [*lengths, *filling]
         ids = np.concatenate(sequences)[None]
         positions = np.concatenate([np.arange(length) for length in lengths])[None]
-        starts = np.cumsum([0, *lengths[:-1]])
+        starts = np.cumsum([0, *lengths[:-1]])[:num]
         documents = Documents.of(lengths, device)
     else:
         longest = max(lengths)

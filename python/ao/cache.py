@@ -49,7 +49,8 @@ def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[s
     return {
         **identity(name, revision, framer=framer(name, revision)),
         "revision": revision,
-        "precision": model.precision,
+        # Dequantized values are the same numbers.
+        "precision": model.precision.removesuffix("-dequantized"),
         "adapter": None if adapter is None else adapter_fingerprint(adapter),
         "reads": "residual stream after block k, counted from 0: hidden_states[k + 1]",
     }

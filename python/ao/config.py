@@ -45,8 +45,9 @@ class ModelConfig(Config):
     """Checkpoint whose activations are read; without one the base itself, its oracle adapter switched off."""
     target_revision: str | None = None
     """Hub revision of `target`."""
-    precision: Literal["nf4", "bf16", "fp32"] = "bf16"
-    """How the frozen weights are held. nf4: bitsandbytes 4-bit NormalFloat with double quantization."""
+    precision: Literal["nf4", "nf4-dequantized", "bf16", "fp32"] = "bf16"
+    """How the frozen weights are held. nf4: bitsandbytes 4-bit NormalFloat with double quantization; nf4-dequantized: the
+    same values in bf16, four times the memory and no dequantization at every pass."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
 
@@ -437,6 +438,8 @@ class TrainConfig(Config):
     """What a step's loss is the mean over: answer tokens, or examples, each the mean of its own tokens."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Gradient checkpointing: recompute activations in the backward pass. auto: where they would not fit."""
+    compile: bool = False
+    """torch.compile for each block, on rows filled up to a multiple of 256 tokens."""
     cache: str | None = None
     """Activation cache of `ao collect`; what it lacks is collected ahead."""
     held_out: int = 0

@@ -45,7 +45,7 @@ from ao.training.tracking import Log
 log = logging.getLogger(__name__)
 
 RECORD = "training.json"
-_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute")
+_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute", "compile")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
 

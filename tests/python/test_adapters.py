@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle, load_adapter, save_adapter
+from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
 from conftest import sequences, small_model
 
 
@@ -54,6 +54,39 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_does(tmp_path, gemma, r
     model = trained(tmp_path)
     with as_oracle(model):
         assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_lean_forward_is_pefts(tmp_path, dropout, rng):
+    model = small_model("gemma4_text")
+    peft = add_adapter(model, rank=4, alpha=8, dropout=dropout).train()
+    torch.manual_seed(3)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.from_numpy(sequences(rng, [9])[0])[None]
+
+    def run():
+        torch.manual_seed(5)
+        peft.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.square().mean().backward()
+        return logits, [p.grad.clone() for p in peft.parameters() if p.grad is not None]
+
+    expected = run()
+    assert lean_forward(peft) == 26
+    assert_close(run(), expected)
+    # Half precision: weights and gradients stay fp32.
+    model.to(torch.bfloat16)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    logits, gradients = run()
+    assert logits.dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    with as_target(model):
+        bare = model(input_ids=ids, use_cache=False).logits
+    assert not torch.equal(bare, logits)
 
 
 PREFIXES = [

@@ -204,3 +204,17 @@ def test_pickled_weights_are_not_read(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors; pickled weights are not read"):
         load(tmp_path, "fp32")
+
+
+def test_dequantized_weights_are_the_same_numbers(folder):
+    packed, held = load(folder), load(folder, "nf4-dequantized")
+    assert quantized(packed)
+    assert not quantized(held)
+    for name, module in quantized(packed).items():
+        linear = held.get_submodule(name)
+        assert linear.weight.dtype == torch.bfloat16
+        assert torch.equal(linear.weight, dequantize_4bit(module.weight.data, module.weight.quant_state))
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids, use_cache=False).logits.float() for model in (packed, held))
+    assert float((found - expected).norm() / expected.norm()) < 0.02

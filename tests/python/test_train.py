@@ -340,7 +340,7 @@ def test_eight_bit_states_train_alike(packed, tmp_path):
     assert_allclose(found, exact, rtol=0.05)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "nf4", "nf4-dequantized"])
 def test_the_settings_of_a_large_run_go_together(precision, packed, tmp_path):
     """Low precision, recompute, dropout and 8-bit states in one run, and an oracle of it that answers."""
     recipe = recipe_of(steps=3, recompute="on", dropout=0.05, optimizer="adamw8bit", rank=64)
@@ -554,6 +554,16 @@ def test_a_mean_over_examples_weighs_each_alike(packed, tmp_path):
     found = losses(packed, tmp_path / "out", steps=1, loss="per_example_mean", tokens_per_row=150)
     # One datapoint's loss by hand is the mean over its answer.
     assert found == [pytest.approx(np.mean(each), rel=1e-5)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_give_the_same_losses(plain, packed, tmp_path, monkeypatch):
+    """Traced, and run without a compiler; rows are filled up to 256 tokens."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled(*args, backend="aot_eager", **kwargs))
+    monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
+    found = losses(packed, tmp_path / "out", compile=True, steps=2, warmup=1.0)
+    assert_allclose(found, losses(packed, tmp_path / "plain", steps=2, warmup=1.0), rtol=1e-4)
 
 
 def test_steps_of_a_token_budget(packed, tmp_path):

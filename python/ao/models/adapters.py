@@ -37,6 +37,39 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float
     return _wrap(model, config, names)
 
 
+def lean_forward(peft: nn.Module) -> int:
+    """Let LoRA layers compute in the base's own precision and nothing else; returns how many.
+
+    PEFT's forward casts the whole input to the adapter's fp32 and looks at every adapter at every call. Here the two small
+    matrices are cast instead, so weights and their gradients stay fp32. Where base and adapter agree in precision the
+    numbers are the same.
+    """
+    layers = [module for module in peft.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if not isinstance(layer, nn.Module) or set(layer.lora_A) != {NAME}:
+            raise ValueError(f"LoRA layers carry the adapters {sorted(layer.lora_A)}, expected only {NAME!r}")
+        layer.forward = _LeanLora(layer)
+    return len(layers)
+
+
+class _LeanLora:
+    """The forward of a LoRA layer with one adapter; the layer keeps its weights and its switch."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.base = layer.get_base_layer()
+        self.down, self.up = layer.lora_A[NAME], layer.lora_B[NAME]
+        self.dropout = layer.lora_dropout[NAME]
+        self.scaling = layer.scaling[NAME]
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base(x)
+        if self.layer.disable_adapters:
+            return y
+        low = nn.functional.linear(self.dropout(x), self.down.weight.to(x.dtype))
+        return torch.add(y, nn.functional.linear(low, self.up.weight.to(x.dtype)), alpha=self.scaling)
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
     """Load an adapter whatever prefix its keys have, and prove that every tensor found its place.
 

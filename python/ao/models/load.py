@@ -17,8 +17,14 @@ from ao.config import ModelConfig
 from ao.models import arch
 from ao.prompt import model_folder
 
-DTYPES = {"nf4": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {
+    "nf4": torch.bfloat16,
+    "nf4-dequantized": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
 """Computation type by precision."""
+_FOUR_BIT = ("nf4", "nf4-dequantized")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -62,8 +68,8 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
             config=text_config,
             key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
             dtype=DTYPES[config.precision],
-            device_map={"": device} if config.precision == "nf4" or device.type == "cuda" else None,
-            quantization_config=_quantization(full_config) if config.precision == "nf4" else None,
+            device_map={"": device} if config.precision in _FOUR_BIT or device.type == "cuda" else None,
+            quantization_config=_quantization(full_config) if config.precision in _FOUR_BIT else None,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -81,7 +87,41 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     ]
     if left_over:
         raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
+    if config.precision == "nf4-dequantized":
+        dequantize(model)
     return freeze(model)
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> int:
+    """Hold the values of 4-bit weights in the type that they are computed in: the same numbers, no work at every pass.
+
+    Returns how many linears were replaced; each 4-bit weight is freed as soon as it is copied.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    for name in names:
+        packed: Any = model.get_submodule(name)
+        with torch.device("meta"):
+            linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+        weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state).to(packed.compute_dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if packed.bias is not None:
+            linear.bias = packed.bias
+        model.set_submodule(name, linear)
+    return len(names)
+
+
+def compile_blocks(layers: nn.ModuleList) -> None:
+    """Compile each block's forward by itself, so that hooks on blocks stay outside and see what they always see.
+
+    Rows should come in few lengths: each new one compiles again.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -40,9 +40,11 @@ def look_ahead(
         missing = [point for point in points if point.id not in vectors]
     if missing:
         reads = [Read(point.context_ids, point.layers, point.read_positions) for point in missing]
-        vectors_PD, offsets = read_vectors(
-            target, arch, reads, tokens_per_row=config.context_tokens_per_row, progress=progress
-        )
+        # Compiled blocks would compile again for every length of a row of contexts; such rows keep a GPU busy as it is.
+        with torch.compiler.set_stance("force_eager"):
+            vectors_PD, offsets = read_vectors(
+                target, arch, reads, tokens_per_row=config.context_tokens_per_row, progress=progress
+            )
         for point, first, end in zip(missing, offsets, offsets[1:], strict=False):
             vectors[point.id] = vectors_PD[first:end]
     return vectors

@@ -21,13 +21,17 @@ from ao.distributed import Ranks
 from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle, as_target
-from ao.models.load import adamw8bit, enable_recompute
+from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward
+from ao.models.load import adamw8bit, compile_blocks, enable_recompute
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
 
 Rows = Sequence[Sequence[Datapoint]]
 """The datapoints of a step on this rank, by row; a row is one forward pass."""
+
+
+COMPILED_MULTIPLE = 256
+"""Rows of compiled blocks have a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Learner:
         arch = archs.find(model)
         torch.manual_seed(config.seed)
         peft = add_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+        lean_forward(peft)
         # Every rank begins with the same adapter, and from here on drops units of its own.
         torch.manual_seed(config.seed + here.rank)
         injector = Injector(
@@ -93,6 +98,8 @@ class Learner:
         recompute = choose_recompute(model, arch, config, here.device)
         if recompute.on:
             enable_recompute(model)
+        if config.compile:
+            compile_blocks(arch.layers)
         model.train()
         return cls(model, arch, peft, injector, config, here, recompute)
 
@@ -155,7 +162,8 @@ class Learner:
     ) -> tuple[torch.Tensor, list[float]]:
         """Loss sum of one row, whose gradient is added up where gradients are on, and its four counts."""
         sequences = [point.input_ids for point in points]
-        batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device)
+        multiple = COMPILED_MULTIPLE if self.config.compile else 1
+        batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device, multiple=multiple)
         labels = labels_of(
             batch,
             sequences,
