@@ -31,6 +31,8 @@ class Setting:
     """Of a CPU, for all ranks together."""
     cap: float | None
     """GiB of a GPU that a process may take."""
+    compile: bool = False
+    """Whether ours compiles its blocks."""
 
     @property
     def precision(self) -> str:

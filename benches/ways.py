@@ -199,6 +199,7 @@ class Ours(Way):
             tokens_per_row=setting.tokens_per_row,
             context_tokens_per_row=setting.tokens_per_row,
             recompute=setting.recompute,
+            compile=setting.compile,
         )
         self.learner = Learner.of(self.model, self.config, here)
         self.named_parameters = self.model.named_parameters
