@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ao.cache import ActivationCache, contract_of
+from ao.card import FILE as CARD
+from ao.card import model_card
 from ao.checkpoint import OracleConfig
 from ao.config import Recipe, TrainConfig, to_dict, to_toml
 from ao.distributed import Ranks, ranks
@@ -45,6 +47,7 @@ from ao.training.tracking import Log
 log = logging.getLogger(__name__)
 
 RECORD = "training.json"
+_VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
 _FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute", "compile")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
@@ -144,6 +147,7 @@ def _loop(
     padded = not learner.arch.attention_only
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not (progress and here.first))
     scores: HeldOut | None = None
+    last_scored: dict[str, Any] | None = None
 
     def ahead(points: list[Datapoint]) -> dict[str, Any]:
         with meter.timing("target"):
@@ -202,6 +206,7 @@ def _loop(
                     with meter.timing("eval"):
                         scored = scores.score(learner)
                     line |= scored
+                    last_scored = {"step": done, "datapoints": len(held_out), **scored}
                     best = run.best_loss is None or scored["held_out_loss"] < run.best_loss
                     if best:
                         run.best_step, run.best_loss = done, scored["held_out_loss"]
@@ -224,8 +229,9 @@ def _loop(
     return {
         "steps": len(losses),
         "ranks": here.world,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
+        "versions": {name: version(distribution) for name, distribution in _VERSIONS.items()},
         "losses": losses,
+        "held_out": last_scored,
         "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
         "recompute": learner.recompute.on,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -346,7 +352,7 @@ def _signals() -> Iterator[threading.Event]:
 
 
 def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict[str, Any], out: Path) -> None:
-    """Write the adapter, its contract, the resolved recipe and, last, the training record."""
+    """Write the adapter, its contract, the resolved recipe, a draft of its card and, last, the training record."""
     config = recipe.train
     contract = OracleConfig(
         model=recipe.model.name,
@@ -365,6 +371,9 @@ def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict
             "lora": {"r": config.rank, "alpha": config.alpha, "dropout": config.dropout},
         },
     )
-    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=contract.to_json())
+    published = contract.to_json()
+    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=published)
     write_atomic(out / "recipe.toml", to_toml(recipe))
+    # A report in the folder is of an earlier adapter; `ao push` puts in the one that it finds then.
+    write_atomic(out / CARD, model_card(contract=published, recipe=recipe, record=record))
     write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")

@@ -22,6 +22,7 @@ import ao.training.lookahead
 import ao.training.step
 from ao import Oracle
 from ao.batch import lay_out
+from ao.card import card_of
 from ao.collect.run import collect
 from ao.collect.wanted import units as wanted_units
 from ao.config import Recipe, TrainConfig, load_recipe, parse_recipe
@@ -385,6 +386,19 @@ def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_p
     assert record["skipped_steps"] == 1
     assert [step for step, loss in enumerate(record["losses"]) if loss is None] == [2]
     assert "NaN" not in (tmp_path / "out" / "training.json").read_text()
+
+
+def test_a_draft_of_the_card_lies_beside_the_adapter(packed, tmp_path):
+    out = tmp_path / "out"
+    record = train(recipe_of(steps=3, log_every=1, held_out=8, eval_every=2), data=packed, out=out, progress=False)
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    scores = {name: value for name, value in last.items() if name.startswith("held_out")}
+    assert record["held_out"] == {"step": 3, "datapoints": record["held_out"]["datapoints"], **scores}
+    assert 8 <= record["held_out"]["datapoints"] < 16
+    card = (out / "README.md").read_text()
+    assert f"| its own | {scores['held_out_loss']:.3f} |" in card
+    assert "| layers read | 1, 3, 4 of 6, one in a prompt |" in card
+    assert card_of(out) == card
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
