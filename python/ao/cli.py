@@ -243,6 +243,27 @@ class Rollouts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Push:
+    """Upload an adapter to the Hugging Face Hub, once it is proved whole: weights, settings, contract, record, recipe, card.
+
+    Checkpoints and logs stay. Wants a token: `hf auth login`, or HF_TOKEN.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """The adapter's folder."""
+    repository: tyro.conf.Positional[str]
+    """OWNER/NAME on the Hub; made if it does not exist."""
+    dry_run: bool = False
+    """Check, and say what would be uploaded, without any network."""
+    private: bool = False
+    """Make the repository private; one that exists must be so already."""
+    report: Path | None = None
+    """report.json of `ao eval`, whose table goes into the card; the folder's own without one."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Pack, train, score and ask an oracle on the embedded demo world: two minutes on a laptop."""
 
@@ -268,6 +289,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "plan": Plan,
         "inspect": Inspect,
         "rollouts": Rollouts,
+        "push": Push,
     }
     _run(commands, list(sys.argv[1:] if args is None else args), program="ao")
 
@@ -289,6 +311,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         Ask: _ask,
         Demo: _demo,
         Rollouts: _rollouts,
+        Push: _push,
     }
     as_json = "--json" in args
     command: Any = None
@@ -574,6 +597,21 @@ def _rollouts(command: Rollouts) -> dict[str, Any]:
     if not command.json:
         print("\n".join(f"{name:>10}  {value}" for name, value in record.items()))
     return record
+
+
+def _push(command: Push) -> dict[str, Any]:
+    from ao.push import push, summary_text
+
+    result = push(
+        command.folder,
+        command.repository,
+        private=command.private,
+        report=command.report,
+        dry_run=command.dry_run,
+    )
+    if not command.json:
+        print(summary_text(result))
+    return result
 
 
 def _demo(command: Demo) -> dict[str, Any]:

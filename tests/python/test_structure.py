@@ -19,7 +19,7 @@ ROWS = [
     {"demo"},
     {"train", "collect", "eval", "inspection"},
     {"training"},
-    {"oracle", "pack", "plots", "rollouts"},
+    {"oracle", "pack", "plots", "rollouts", "push"},
     {"decode", "selftest", "plan"},
     {"residuals", "loss", "activations", "cache", "checkpoint", "shards", "distributed", "memory"},
     {"batch", "summary"},
