@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ao.models import arch as archs
-from ao.models.load import DTYPES, freeze
+from ao.models.load import DTYPES, dequantize, freeze
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,26 @@ def built(settings: dict[str, Any], precision: str, device: torch.device) -> Pre
 
     Args:
         settings: a shape's.
-        precision: as in a recipe, or nf4-dequantized: NF4's values, held in bf16.
+        precision: as in a recipe.
         device: where it is built.
     """
     torch.manual_seed(0)
     config = CONFIG_MAPPING["gemma4_text"](**FAMILY, **settings)
-    dtype = DTYPES[precision.removesuffix("-dequantized")]
+    dtype = DTYPES[precision]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if precision.startswith("nf4"):
         for name in archs.linears(archs.find(model)):
             linear = model.get_submodule(name)
-            quantized = four_bit(random_like(linear.weight, dtype, device))
-            if precision == "nf4":
-                model.set_submodule(name, quantized)
-            else:
-                linear.weight = nn.Parameter(dequantized(quantized), requires_grad=False)
+            model.set_submodule(name, four_bit(random_like(linear.weight, dtype, device)))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(random_like(parameter, dtype, device), requires_grad=False))
     model.tie_weights()
     model.to(device)  # the buffers
+    if precision == "nf4-dequantized":
+        dequantize(model)
     return freeze(model)
 
 
@@ -119,11 +117,3 @@ def four_bit(weight: torch.Tensor) -> nn.Module:
     quantized = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear)
     linear.weight = quantized.to(weight.device)
     return linear
-
-
-def dequantized(linear: nn.Module) -> torch.Tensor:
-    """What a 4-bit linear multiplies with."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight: Any = linear.weight
-    return dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)

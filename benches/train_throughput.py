@@ -149,7 +149,8 @@ def results(
     }
     note = (
         f"{about['ours']['where']}, {about['ours']['parameters'] / 1e6:,.0f} M parameters, {setting.residency}, "
-        f"recompute {about['ours']['recompute']}, compiled {setting.compile}, LoRA dropout {setting.dropout}, examples a context {setting.shared}, "
+        f"recompute {about['ours']['recompute']}, compiled {setting.compile}, LoRA dropout {setting.dropout}, "
+        f"examples a context {setting.shared}, "
         f"rows of {setting.tokens_per_row}, ranks {setting.ranks}, CPU threads {setting.threads}, cap {setting.cap} GiB; "
         f"{len(turns)} turns of {timings['ours'][0]['steps']} steps, card's way {timings['recipe'][0]['steps']}; a step has "
         f"{in_all['context_tokens'] / steps:,.0f} context and {in_all['input_tokens'] / steps:,.0f} input tokens; "
