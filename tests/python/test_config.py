@@ -16,8 +16,40 @@ def test_recipes_of_the_repository_load(path: Path) -> None:
 FAMILIES = ["geometry_of_truth", "relations", "sst2", "md_gender", "snli", "ner", "tense"]
 
 
+FOLDER = RECIPES[0].parent
+
+
+def test_one_card_runs_the_same_steps_on_less_memory() -> None:
+    whole, small = (load_recipe(FOLDER / f"gemma-4-31b-it{name}.toml") for name in ("", "-24gb"))
+    assert (small.model, small.data, small.eval) == (whole.model, whole.data, whole.eval)
+    own = {"out", "tokens_per_row", "context_tokens_per_row", "recompute"}
+    differ = {name for name, value in vars(small.train).items() if value != getattr(whole.train, name)}
+    assert differ == own
+    assert small.train.recompute == "on"
+
+
+@pytest.mark.parametrize("name", ["gemma-4-31b-it-paper", "qwen3-8b"])
+def test_the_papers_recipes_have_its_numbers(name: str) -> None:
+    train = load_recipe(FOLDER / f"{name}.toml").train
+    assert (train.rank, train.alpha, train.dropout) == (64, 128, 0.05)
+    assert (train.learning_rate, train.warmup, train.max_grad_norm, train.optimizer) == (1e-5, 0.1, 1.0, "adamw")
+    assert train.steps * train.examples_per_step == 1_000_000
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
+def test_recipes_hold_out_and_save(path: Path) -> None:
+    recipe = load_recipe(path)
+    train = recipe.train
+    # Scores take two forwards of each held-out datapoint, which is less than a step's work for it.
+    assert 2 * train.held_out / (train.eval_every * train.examples_per_step) < 0.15
+    assert train.held_out > 0
+    assert 0 < train.save_every <= train.steps // 5
+    gated = {source.dataset for source in recipe.data.sources} & {"lmsys/lmsys-chat-1m"}
+    assert bool(gated) == ("paper" in path.stem)
+
+
 def test_the_papers_mixture_is_shared_out_as_in_the_paper() -> None:
-    recipe = load_recipe(RECIPES[0].parent / "gemma-4-31b-it.toml")
+    recipe = load_recipe(FOLDER / "gemma-4-31b-it.toml")
     sources = recipe.data.sources
     assert [source.name for source in sources if source.kind == "classification"] == FAMILIES
     for total, datapoints in ((recipe.data.examples, 27_500), (600_000, 1_000_000)):
@@ -29,7 +61,7 @@ def test_the_papers_mixture_is_shared_out_as_in_the_paper() -> None:
         assert made["web_text"] + made["chats"] == datapoints * 0.6
         assert all(made[name] == datapoints * 0.048 for name in FAMILIES)
         assert made["latentqa"] == datapoints * 0.064
-    assert recipe.train.steps * recipe.train.examples_per_step < 27_500
+    assert recipe.train.steps * recipe.train.examples_per_step + recipe.train.held_out < 27_500
     for source in sources:
         if source.kind == "classification":
             assert len(set(source.questions)) == 20

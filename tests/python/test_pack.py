@@ -501,6 +501,7 @@ def test_a_target_with_another_tokenizer_is_refused(tmp_path: Path, model: str) 
 HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
     "HuggingFaceFW/fineweb": ([{"text": "She will go to the city of Paris and then to the park.", "dump": "x"}], {}),
     "lmsys/lmsys-chat-1m": ([{"conversation": [USER, REPLY], "model": "m"}], {}),
+    "HuggingFaceH4/ultrachat_200k": ([{"prompt": "p", "prompt_id": "i", "messages": [USER, REPLY]}], {}),
     "stanfordnlp/sst2": (
         [{"idx": i, "sentence": f"A fine film {i}. ", "label": i % 2} for i in range(2)],
         {"label": ["negative", "positive"]},
@@ -566,6 +567,10 @@ def test_the_papers_mixture_and_its_held_out_sets_pack(tmp_path: Path, monkeypat
     assert not any("neutral" in question for question in asked)
     chat = by_source["chats"][0]
     assert chat.context_ids.size > 5
+    papers = load_recipe(tmp_path / "recipes/gemma-4-31b-it-paper.toml")
+    chats = [replace(source, share=None, count=9) for source in papers.data.sources if source.name == "chats"]
+    gated = replace(recipe, data=replace(recipe.data, sources=tuple(chats), examples=None))
+    assert pack(gated, root=tmp_path / "recipes", out=tmp_path / "gated")["counts"]["examples"] == 9
     for task in recipe.eval.tasks:
         held_out = replace(recipe, data=DataConfig(sources=task.sources, read_depths=(0.5,)))
         name = task.name

@@ -13,13 +13,13 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from python.test_card import RECORD, REPORT
 from safetensors.torch import load_file, save_file
 
 from ao.card import card_of, evaluation
 from ao.cli import main
 from ao.config import load_recipe, to_toml
 from ao.push import check_adapter, push, summary_text
+from test_card import RECORD, REPORT
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 UPLOADED = [
