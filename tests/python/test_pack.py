@@ -570,7 +570,7 @@ def test_the_papers_mixture_and_its_held_out_sets_pack(tmp_path: Path, monkeypat
     papers = load_recipe(tmp_path / "recipes/gemma-4-31b-it-paper.toml")
     chats = [replace(source, share=None, count=9) for source in papers.data.sources if source.name == "chats"]
     gated = replace(recipe, data=replace(recipe.data, sources=tuple(chats), examples=None))
-    assert pack(gated, root=tmp_path / "recipes", out=tmp_path / "gated")["counts"]["examples"] == 9
+    assert pack(gated, root=tmp_path / "recipes", out=tmp_path / "gated")["sources"]["chats"]["examples"] == 9
     for task in recipe.eval.tasks:
         held_out = replace(recipe, data=DataConfig(sources=task.sources, read_depths=(0.5,)))
         name = task.name
