@@ -207,7 +207,7 @@ def work(steps: Sequence[Sequence[Datapoint]], about: dict[str, Any], *, pairs: 
         "input_tokens": input_tokens,
         "context_tokens": sum(len(point.context_ids) for point in points),
         "model_flops": 2 * a_pass * input_tokens,
-        "hardware_flops": a_pass * ((3 if about["recompute"] else 2) * input_tokens + context_blocks / about["blocks"]),
+        "hardware_flops": a_pass * ((2 + about["recompute"]) * input_tokens + context_blocks / about["blocks"]),
     }
 
 

@@ -28,7 +28,7 @@ from ao.shards import Datapoint
 from ao.training.lookahead import look_ahead
 from ao.training.meter import PEAK_FLOPS
 from ao.training.step import Learner
-from examples import Setting, drawn, long_example
+from examples import PER_STEP, Setting, drawn, long_example
 from recipe import Recipe
 from shapes import SHAPES, built
 
@@ -164,7 +164,7 @@ class Card(Way):
         super().__init__(setting, here)
         self.recipe = Recipe(self.model, dropout=setting.dropout, rate=RATE)
         self.named_parameters = self.recipe.model.named_parameters
-        self.about["recompute"] = True
+        self.about["recompute"] = 1.0
         self.fill_adapter()
 
     def backward(self, points: Sequence[Datapoint]) -> float:
@@ -203,7 +203,7 @@ class Ours(Way):
         )
         self.learner = Learner.of(self.model, self.config, here)
         self.named_parameters = self.model.named_parameters
-        self.about["recompute"] = self.learner.recompute.on
+        self.about["recompute"] = self.learner.recompute.blocks(PER_STEP * 72) / self.arch.num_layers
         self.fill_adapter()
 
     def backward(self, points: Sequence[Datapoint]) -> float:

@@ -99,3 +99,18 @@ def rows_of(lengths: Sequence[int] | np.ndarray, *, tokens_per_row: int, packed:
         np.asarray(lengths, dtype=np.int32), tokens_per_row, padded=not packed, longer_alone=True
     )
     return np.split(np.asarray(order), np.asarray(offsets)[1:-1]) if len(lengths) else []
+
+
+def rows_by_length(lengths: Sequence[int] | np.ndarray, *, tokens_per_row: int) -> list[np.ndarray]:
+    """The same of packed rows whose sequences are about equally long, from the longest on: attention that has no kernel for
+    ragged rows lays them out in rectangles."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    rows: list[list[int]] = []
+    left = 0
+    for index in order.tolist():
+        if not rows or lengths[index] > left:
+            rows.append([])
+            left = tokens_per_row
+        rows[-1].append(index)
+        left -= int(lengths[index])
+    return [np.array(row) for row in rows]

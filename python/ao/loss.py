@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from ao.batch import Batch
 from ao.models.arch import Arch, logits
 
-CHUNK = 512
-"""Labelled positions that go through the head at once: half a gigabyte of fp32 logits at a vocabulary of 262,144."""
+CHUNK = 256
+"""Labelled positions that go through the head at once: a quarter of a gigabyte of fp32 logits, which the loss holds several
+times, at a vocabulary of 262,144."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ao.batch import Batch, lay_out, layout, rows_of
+from ao.batch import Batch, lay_out, layout, rows_by_length, rows_of
 from ao.injection import check_vectors
 from ao.models.adapters import as_target
 from ao.models.arch import Arch
@@ -124,7 +124,12 @@ def collected(
     lengths = [len(context) for context in contexts]
     start_of = np.zeros(len(contexts), dtype=np.int64)
     with layout(model, arch):
-        for chosen in rows_of(np.take(lengths, asked), tokens_per_row=tokens_per_row, packed=arch.attention_only):
+        wanted_lengths = np.take(lengths, asked)
+        if arch.attention_only:
+            rows = rows_by_length(wanted_lengths, tokens_per_row=tokens_per_row)
+        else:
+            rows = rows_of(wanted_lengths, tokens_per_row=tokens_per_row)
+        for chosen in rows:
             row = asked[chosen].tolist()
             batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
             indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])

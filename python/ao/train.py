@@ -98,7 +98,7 @@ def train(
             cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
         model, target = _loaded(recipe, here, dataset)
         learner = Learner.of(model, config, here)
-        if here.first and config.recompute == "auto":
+        if here.first:
             log.info("recompute %s", learner.recompute)
         identity = _identity(recipe, dataset)
         run = _Run()
@@ -140,7 +140,7 @@ def _loop(
     config, here = recipe.train, learner.here
     target_arch = archs.find(target)
     deepest = max(max(layers) for layers in training.dataset.layer_combinations)
-    meter = Meter(learner.arch, target_arch, deepest=deepest, recompute=learner.recompute.on, device=here.device)
+    meter = Meter(learner.arch, target_arch, deepest=deepest, device=here.device)
     if run.meter is not None:
         meter.resume(run.meter)
     losses = run.losses or []
@@ -191,7 +191,7 @@ def _loop(
                 result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 done = step + 1
                 # -- step done --
-                meter.step(result)
+                meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
                 losses.append(round(result.loss, 6) if math.isfinite(result.loss) else None)
                 bar.update()
                 line: dict[str, Any] = {}
@@ -233,7 +233,7 @@ def _loop(
         "losses": losses,
         "held_out": last_scored,
         "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
-        "recompute": learner.recompute.on,
+        "recompute": str(learner.recompute),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **state["counts"],
         "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),

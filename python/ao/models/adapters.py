@@ -38,11 +38,11 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float
 
 
 def lean_forward(peft: nn.Module) -> int:
-    """Let LoRA layers compute in the base's own precision and nothing else; returns how many.
+    """Let LoRA layers compute in the base's own precision and keep little; returns how many.
 
-    PEFT's forward casts the whole input to the adapter's fp32 and looks at every adapter at every call. Here the two small
-    matrices are cast instead, so weights and their gradients stay fp32. Where base and adapter agree in precision the
-    numbers are the same.
+    PEFT's forward casts the whole input to the adapter's fp32, looks at every adapter at every call, and keeps a dropped-out
+    copy of every input. Here the two small matrices are cast instead, so weights and their gradients stay fp32, and of the
+    dropout only its mask is kept. Where base and adapter agree in precision the numbers are the same.
     """
     layers = [module for module in peft.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
@@ -66,8 +66,45 @@ class _LeanLora:
         y = self.base(x)
         if self.layer.disable_adapters:
             return y
-        low = nn.functional.linear(self.dropout(x), self.down.weight.to(x.dtype))
-        return torch.add(y, nn.functional.linear(low, self.up.weight.to(x.dtype)), alpha=self.scaling)
+        p = self.dropout.p if self.layer.training and isinstance(self.dropout, nn.Dropout) else 0.0
+        return _LoraDelta.apply(x, y, self.down.weight, self.up.weight, self.scaling, p)
+
+
+class _LoraDelta(torch.autograd.Function):
+    """y + s B A dropout(x), with s the scaling."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, p: float
+    ) -> torch.Tensor:
+        a, b = down.to(x.dtype), up.to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        dropped, mask = (flat, None) if p == 0.0 else _dropout(flat, p)
+        low = dropped @ a.t()
+        ctx.save_for_backward(flat, mask, low, a, b)
+        ctx.scaling, ctx.keep, ctx.shape = scaling, 1 - p, x.shape
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t(), alpha=scaling).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
+        flat, mask, low, a, b = ctx.saved_tensors
+        gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
+        of_low = (gradient @ b) * ctx.scaling
+        of_up = (gradient.t() @ low).float() * ctx.scaling
+        if mask is None:
+            of_down, of_x = (of_low.t() @ flat).float(), of_low @ a
+        else:
+            of_down = (of_low.t() @ (flat * mask)).float() / ctx.keep
+            of_x = (of_low @ a).mul_(mask).div_(ctx.keep)
+        return of_x.view(ctx.shape), upstream[0], of_down, of_up, None, None
+
+
+def _dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dropout, and the mask of what stays; the random numbers are those of `torch.nn.functional.dropout`."""
+    if x.is_cuda:
+        return torch.native_dropout(x, p, True)
+    mask = torch.empty_like(x).bernoulli_(1 - p).bool()
+    return x * mask / (1 - p), mask
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:

@@ -25,14 +25,17 @@ class Meter:
     for its context tokens.
     """
 
-    def __init__(self, arch: Arch, target: Arch, *, deepest: int, recompute: bool, device: torch.device) -> None:
+    def __init__(self, arch: Arch, target: Arch, *, deepest: int, device: torch.device) -> None:
         self._per_token = 4 * linear_weights(arch)
-        self._beside = (2 * linear_weights(arch) if recompute else 0, 2 * linear_weights(target, upto=deepest))
+        self._beside = (2 * linear_weights(arch), 2 * linear_weights(target, upto=deepest))
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
         self.seconds = {"total": 0.0, "target": 0.0, "data": 0.0, "eval": 0.0, "save": 0.0}
-        self.counts = {"examples": 0, "input_tokens": 0, "answer_tokens": 0, "context_tokens": 0, "skipped_steps": 0}
+        self.counts = {
+            **dict.fromkeys(("examples", "input_tokens", "answer_tokens", "context_tokens", "skipped_steps"), 0),
+            "recomputed_tokens": 0.0,
+        }
         self._clock = time.perf_counter()
         self._last = self._now()
 
@@ -49,8 +52,9 @@ class Meter:
         """Context tokens that this rank ran through the target."""
         self.counts["context_tokens"] += tokens
 
-    def step(self, result: StepResult) -> None:
-        """A step is done."""
+    def step(self, result: StepResult, *, recomputed: float) -> None:
+        """A step is done, whose rows recomputed this share of the blocks."""
+        self.counts["recomputed_tokens"] += round(recomputed * result.input_tokens, 3)
         for name in ("examples", "input_tokens", "answer_tokens"):
             self.counts[name] += getattr(result, name)
         self.counts["skipped_steps"] += result.skipped
@@ -62,7 +66,7 @@ class Meter:
         self._last = now
         seconds = max(did["total"], 1e-9)
         trained = self._per_token * did["input_tokens"] / ranks
-        beside = self._beside[0] * did["input_tokens"] / ranks + self._beside[1] * did["context_tokens"]
+        beside = self._beside[0] * did["recomputed_tokens"] / ranks + self._beside[1] * did["context_tokens"]
         line = {
             "examples_per_second": did["examples"] / seconds,
             "tokens_per_second": did["input_tokens"] / seconds,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ao.batch import lay_out, layout
 from ao.config import TrainConfig
+from ao.loss import CHUNK
 from ao.models.adapters import as_oracle
 from ao.models.arch import Arch
 
@@ -28,39 +29,64 @@ CPU_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Recompute:
-    """A decision and what it rests on."""
+    """How many blocks a row recomputes, and what that rests on."""
 
-    on: bool
-    """Keep only the blocks' inputs, and compute the rest again."""
-    bytes_per_token: int
-    """What the backward pass keeps of a token without recompute; 0 where it was not measured."""
-    needed_bytes: int
-    """The same of a whole row with its logits."""
-    free_bytes: int
-    """What there was."""
+    num_blocks: int
+    """Blocks of the model."""
+    always: bool | None = None
+    """What the recipe says; None to decide by memory."""
+    bytes_per_token: int = 0
+    """What the backward pass keeps of a token without recompute."""
+    input_bytes_per_token: int = 0
+    """What it keeps of a token for each block that is recomputed: the block's input."""
+    loss_bytes: int = 0
+    """What the loss takes while all of that is there."""
+    free_bytes: int = 0
+    """What there is for all of it."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether any row may recompute."""
+        return self.always is not False
+
+    def blocks(self, tokens: int) -> int:
+        """How many blocks a row of so many tokens recomputes: as few as fit."""
+        if self.always is not None:
+            return self.num_blocks if self.always else 0
+        of_block = self.bytes_per_token / self.num_blocks
+        room = (self.free_bytes - self.loss_bytes) / tokens
+        missing = self.bytes_per_token - room
+        if missing <= 0:
+            return 0
+        # While a block is computed again, it is there as a whole.
+        saved = max(of_block - self.input_bytes_per_token, 1)
+        return min(self.num_blocks, int((missing + of_block) // saved) + 1)
 
     def __str__(self) -> str:
-        if not self.bytes_per_token:
-            return f"{'on' if self.on else 'off'}, as the recipe says"
+        if self.always is not None:
+            return f"{'on' if self.always else 'off'}, as the recipe says"
+        most = int((self.free_bytes - self.loss_bytes) / max(1, self.bytes_per_token))
         return (
-            f"{'on' if self.on else 'off'}: a row without it keeps {self.needed_bytes / 2**30:.2g} GiB "
-            f"({self.bytes_per_token / 2**20:.2g} MiB a token), {self.free_bytes / 2**30:.3g} GiB may be taken"
+            f"auto: a token keeps {self.bytes_per_token / 2**20:.2g} MiB, and {self.free_bytes / 2**30:.3g} GiB are free, so "
+            f"rows of up to {max(0, most):,} tokens recompute nothing, longer ones the blocks that do not fit"
         )
 
 
 def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, device: torch.device) -> Recompute:
-    """Decide for rows of `config.tokens_per_row`, after the weights and the adapter are there.
-
-    Of a row, every token is counted as labelled at most `CHUNK` at a time, as the loss takes them.
-    """
+    """Measure a token, and what is free beside weights, gradient and optimizer."""
     if config.recompute != "auto":
-        return Recompute(config.recompute == "on", 0, 0, 0)
-    per_token = kept_bytes_per_token(model, arch, device)
-    # The optimizer's states and the gradient are not there yet: 4 and twice 4 bytes a weight of the adapter.
+        return Recompute(arch.num_layers, config.recompute == "on")
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    free = int(_free_bytes(device)) - 12 * adapter
-    needed = per_token * config.tokens_per_row
-    return Recompute(needed > free, per_token, needed, free)
+    # Not there yet: a flat copy of the adapter's weights, its gradient, and the optimizer's states.
+    coming = adapter * (4 + 4 + (2 if config.optimizer == "adamw8bit" else 8))
+    return Recompute(
+        arch.num_layers,
+        bytes_per_token=kept_bytes_per_token(model, arch, device),
+        input_bytes_per_token=arch.d_model * arch.head.weight.element_size(),
+        # fp32 logits and what cap, softmax and their gradients make of them
+        loss_bytes=6 * 4 * CHUNK * arch.vocab,
+        free_bytes=int(_free_bytes(device)) - coming,
+    )
 
 
 def kept_bytes_per_token(model: PreTrainedModel, arch: Arch, device: torch.device) -> int:

@@ -22,7 +22,7 @@ from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward
-from ao.models.load import adamw8bit, compile_blocks, enable_recompute
+from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
 
@@ -74,10 +74,10 @@ class Learner:
         self.config = config
         self.here = here
         self.recompute = recompute
+        self.recomputed_blocks = 0
+        """Of the latest row."""
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
-        # Checkpointing of some versions of transformers runs the hook again.
-        self._times = (1, 2) if recompute.on else (1,)
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: TrainConfig, here: Ranks) -> Learner:
@@ -96,7 +96,7 @@ class Learner:
             rescale=config.rescale,
         )
         recompute = choose_recompute(model, arch, config, here.device)
-        if recompute.on:
+        if recompute.possible:
             enable_recompute(model)
         if config.compile:
             compile_blocks(arch.layers)
@@ -172,7 +172,12 @@ class Learner:
         )
         places = np.concatenate([start + point.placeholders for start, point in zip(batch.starts, points, strict=True)])
         vectors_KD = torch.cat([vectors[point.id] for point in points])
-        times = self._times if torch.is_grad_enabled() else (1,)
+        recomputed = 0
+        if self.recompute.possible and torch.is_grad_enabled():
+            recomputed = self.recompute.blocks(batch.input_ids_BT.numel())
+            recompute_blocks(self.arch.layers, recomputed)
+        # Checkpointing of some versions of transformers runs the hook again.
+        times = (1, 2) if recomputed else (1,)
         places_K = torch.from_numpy(places).to(self.here.device, non_blocking=True)
         with self.injector.injecting(places_K, vectors_KD, times=times):
             resid_BTD = self.arch.decoder(**batch.model_inputs).last_hidden_state
@@ -180,6 +185,7 @@ class Learner:
             if loss.requires_grad:
                 loss.backward()
         divisor = len(points) if self.config.loss == "per_example_mean" else len(labels.ids_A)
+        self.recomputed_blocks = recomputed
         return loss.detach(), [divisor, len(labels.ids_A), sum(map(len, sequences)), len(points)]
 
     @torch.no_grad()
