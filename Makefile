@@ -11,7 +11,10 @@ unexport PYTHONPATH
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help install demo lint test soak fuzz fuzz-tools bench clean
+# The oldest transformers, huggingface_hub and PEFT that are supported, in an environment on top of .venv: all else is its.
+FLOOR := .venv-floor
+
+.PHONY: help install demo lint test test-floor soak fuzz fuzz-tools bench clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -43,6 +46,17 @@ test: lint ## everything that CI checks
 	cargo test --release --quiet
 	$(BIN)/python -m pytest
 
+# constraints.txt would ask for the newest again. A line of a .pth file puts .venv behind the floor's own packages.
+$(FLOOR)/.ready: constraints-floor.txt $(BIN)/.ready
+	test -x $(FLOOR)/bin/python || $(BIN)/python -m venv $(FLOOR)
+	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(BIN)/python)')" > "$$(site $(FLOOR)/bin/python)/newest.pth"
+	PIP_CONSTRAINT= $(FLOOR)/bin/python -m pip install --quiet -r constraints-floor.txt
+	touch $@
+
+test-floor: install $(FLOOR)/.ready ## the Python tests, or those in TESTS=, on the oldest libraries that are supported
+	$(FLOOR)/bin/python -m pytest $(TESTS)
+
 soak: fuzz-tools install ## the long counts: 50 kills of builds and 100 of writers, many cases of each property, a minute of fuzzing for each target
 	AO_KILLS=50 $(BIN)/python -m pytest -s tests/python/test_kill.py
 	AO_KILLS=100 $(BIN)/python -m pytest -s tests/python/test_cache.py -k killed
@@ -66,4 +80,4 @@ bench: install ## every benchmark, one table at the end; QUICK=1: does it run?
 	$(BIN)/python benches/table.py $(if $(QUICK),--quick)
 
 clean: ## remove what was built, not what was trained
-	rm -rf $(VENV) target python/ao/_ao*.so
+	rm -rf $(VENV) $(FLOOR) target python/ao/_ao*.so
