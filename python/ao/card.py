@@ -56,7 +56,7 @@ def model_card(
         _what(recipe, contract),
         "## Ask it\n\n" + _snippet(recipe),
         "## Training\n\n" + _table(("", ""), _training(recipe, contract, record)),
-        "### Data\n\n" + _table(("source", "kind", "from", "examples"), _sources(recipe)),
+        "### Data\n\n" + _table(("source", "kind", "from", "examples at most"), _sources(recipe)),
         "### Held-out loss\n\n" + _held_out(recipe, record),
         evaluation(report),
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(recipe, contract, record)),
@@ -165,7 +165,7 @@ def _snippet(recipe: Recipe) -> str:
     arguments += [f'{name}="{value}"' for name, value in options.items() if value is not None]
     return (
         "```python\n"
-        "from ao import Oracle                # pip install activation-oracles\n\n"
+        "from ao import Oracle                # the package activation-oracles\n\n"
         f"oracle = Oracle.from_pretrained({', '.join(arguments)})\n"
         'acts = oracle.read([{"role": "user", "content": "What shall we have for dinner?"}])\n'
         'answer = oracle.ask(acts[-10:], "What is the model thinking about?")\n'
@@ -221,7 +221,8 @@ def _held_out(recipe: Recipe, record: Mapping[str, Any]) -> str:
     own, other = scores["held_out_loss"], scores["held_out_loss_shuffled"]
     unit = "nats per answer token" if recipe.train.loss == "per_token" else "nats, mean over examples"
     verdict = (
-        f"The right activations save {other - own:.3f}: that much of the answers is read from them."
+        f"With wrong activations the loss is {other - own:.3f} higher: the answers depend on what is read. How much of that is "
+        "gained over no activations at all, `ao eval` tells."
         if other > own
         else "The right activations are no better than wrong ones: this run shows no reading of them."
     )

@@ -120,7 +120,7 @@ def test_the_held_out_loss_stands_beside_its_control():
     text = card()
     assert "| its own | 1.200 |" in text
     assert "| another datapoint's (shuffled) | 1.450 |" in text
-    assert "save 0.250" in text
+    assert "the loss is 0.250 higher" in text
     blind = {**HELD_OUT, "held_out_loss": 1.45}
     assert "no better than wrong ones" in card(record={**RECORD, "held_out": blind})
     assert "### Held-out loss\n\nNot scored." in card(record={**RECORD, "held_out": None})
