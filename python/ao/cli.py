@@ -207,7 +207,7 @@ class Ask:
     """Draw this many answers; their agreement is the confidence."""
     control: Literal["no_activation", "text", "none"] = "no_activation"
     """What to ask beside it: no_activation, text or none."""
-    precision: Literal["nf4", "bf16", "fp32"] | None = None
+    precision: Literal["nf4", "nf4-dequantized", "bf16", "fp32"] | None = None
     """How the frozen weights are held; bf16 without one ("demo": fp32)."""
     json: bool = False
     """One JSON object on stdout."""

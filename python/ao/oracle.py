@@ -76,7 +76,7 @@ class Oracle:
         revision: str | None = None,
         target_revision: str | None = None,
         load_in_4bit: bool = False,
-        precision: Literal["nf4", "bf16", "fp32"] | None = None,
+        precision: Literal["nf4", "nf4-dequantized", "bf16", "fp32"] | None = None,
         device: str = "auto",
         injection: str | None = None,
     ) -> Oracle:

@@ -180,6 +180,7 @@ def test_train_writes_an_adapter_and_how_it_was_made(run, project, packed, tmp_p
     assert not {"losses", "first_rank"} & set(record)
     assert (code, record["steps"], record["examples"], record["ranks"]) == (0, 2, 16, 1)
     assert files(tmp_path / "adapter") == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "log.jsonl",
