@@ -104,16 +104,11 @@ def document_attention(
     if softcap is None and _fits_varlen(query, documents, sliding_window):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     query, key, value = (_unpack(states, documents) for states in (query, key, value))
-    banded = sliding_window is not None and documents.longest > sliding_window
-    if softcap is None:
+    if softcap is None and sliding_window is not None and documents.longest > sliding_window:
+        output = _banded_attention(query, key, value, scaling, sliding_window)
+    elif softcap is None:
         output = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=_band(documents.longest, sliding_window, query.device) if banded else None,
-            is_causal=not banded,
-            scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
         )
     else:
         output = _capped_attention(query, key, value, scaling, sliding_window, softcap)
@@ -191,6 +186,37 @@ def _unpack(states: torch.Tensor, documents: Documents) -> torch.Tensor:
     # index_copy's backward is a plain gather; gathering with repeated indices would scatter-add instead.
     padded = padded.index_copy(0, documents.slots_T, flat)
     return padded.view(documents.num, documents.longest, *flat.shape[1:]).transpose(1, 2)
+
+
+def _banded_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int
+) -> torch.Tensor:
+    """Queries in blocks of a window, each with the keys of its own block and of the one before: memory and time are linear
+    in the length, where a mask over the whole document would be quadratic."""
+    num, length = query.shape[0], query.shape[2]
+    blocks = -(-length // window)
+    query, key, value = (
+        nn.functional.pad(states, (0, 0, 0, blocks * window - length)).unflatten(2, (blocks, window))
+        for states in (query, key, value)
+    )
+    # [N, H, B, W, E] to [N * B, H, W, E], and keys and values to [N * B, H, 2 W, E].
+    side_by_side = (
+        torch.cat([nn.functional.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1], states], dim=3) for states in (key, value)
+    )
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, *side_by_side))
+    index = torch.arange(window, device=query.device)
+    distance = window + index[:, None] - torch.arange(2 * window, device=query.device)[None, :]
+    seen = ((distance >= 0) & (distance < window)).expand(blocks, 1, -1, -1).clone()
+    seen[0, ..., :window] = False  # nothing stands before the first block
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen.repeat(num, 1, 1, 1),
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.unflatten(0, (num, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:

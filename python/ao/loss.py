@@ -16,9 +16,14 @@ from torch.nn.functional import cross_entropy
 from ao.batch import Batch
 from ao.models.arch import Arch, logits
 
-CHUNK = 256
-"""Labelled positions that go through the head at once: a quarter of a gigabyte of fp32 logits, which the loss holds several
-times, at a vocabulary of 262,144."""
+CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**24}
+"""fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
+size, a CPU what its cache holds."""
+
+
+def chunk_of(arch: Arch, device: torch.device) -> int:
+    """Labelled positions that go through the head at once."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * arch.vocab))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +100,8 @@ class _AnswerLoss(torch.autograd.Function):
         weights_A = labels.weights_A if labels.weights_A is not None else labels.ids_A.new_ones((), dtype=torch.float32)
         weights_A = weights_A.expand(len(labels.ids_A))
         total = resid_AD.new_zeros((), dtype=torch.float32)
-        gradients = []
-        chunks = (resid_AD.detach().split(CHUNK), labels.ids_A.split(CHUNK), weights_A.split(CHUNK))
+        gradients, chunk = [], chunk_of(arch, resid_AD.device)
+        chunks = (resid_AD.detach().split(chunk), labels.ids_A.split(chunk), weights_A.split(chunk))
         for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 chunk_KD = chunk_KD.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -118,7 +123,7 @@ class _AnswerLoss(torch.autograd.Function):
 def answer_log_probs(arch: Arch, resid_BTD: torch.Tensor, labels: Labels) -> torch.Tensor:
     """Log-probability of each answer token, [A] in fp32."""
     resid_AD = resid_BTD.reshape(-1, resid_BTD.shape[-1]).index_select(0, labels.positions_A)
-    pieces = []
-    for chunk_KD, ids_K in zip(resid_AD.split(CHUNK), labels.ids_A.split(CHUNK), strict=True):
+    pieces, chunk = [], chunk_of(arch, resid_AD.device)
+    for chunk_KD, ids_K in zip(resid_AD.split(chunk), labels.ids_A.split(chunk), strict=True):
         pieces.append(-cross_entropy(logits(arch, chunk_KD), ids_K, reduction="none"))
     return torch.cat(pieces)

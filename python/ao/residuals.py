@@ -124,12 +124,9 @@ def collected(
     lengths = [len(context) for context in contexts]
     start_of = np.zeros(len(contexts), dtype=np.int64)
     with layout(model, arch):
-        wanted_lengths = np.take(lengths, asked)
-        if arch.attention_only:
-            rows = rows_by_length(wanted_lengths, tokens_per_row=tokens_per_row)
-        else:
-            rows = rows_of(wanted_lengths, tokens_per_row=tokens_per_row)
-        for chosen in rows:
+        deepest = np.full(len(contexts), -1, dtype=np.int64)
+        np.maximum.at(deepest, wanted.contexts, wanted.layers)
+        for chosen in _rows(np.take(lengths, asked), deepest[asked], tokens_per_row, packed=arch.attention_only):
             row = asked[chosen].tolist()
             batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
             indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
@@ -141,6 +138,18 @@ def collected(
                 yield layer, here, captured[layer][torch.from_numpy(from_row).to(device)]
             if progress is not None:
                 progress(sum(lengths[index] for index in row))
+
+
+def _rows(lengths: np.ndarray, deepest: np.ndarray, tokens_per_row: int, *, packed: bool) -> Iterator[np.ndarray]:
+    """Rows of contexts that end at the same layer, and are about equally long: a row runs up to its deepest layer."""
+    for layer in np.unique(deepest)[::-1]:
+        own = np.flatnonzero(deepest == layer)
+        if packed:
+            rows = rows_by_length(lengths[own], tokens_per_row=tokens_per_row)
+        else:
+            rows = rows_of(lengths[own], tokens_per_row=tokens_per_row)
+        for row in rows:
+            yield own[row]
 
 
 def read_vectors(

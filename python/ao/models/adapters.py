@@ -63,40 +63,61 @@ class _LeanLora:
         self.scaling = layer.scaling[NAME]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base(x)
         if self.layer.disable_adapters:
-            return y
+            return self.base(x)
         p = self.dropout.p if self.layer.training and isinstance(self.dropout, nn.Dropout) else 0.0
-        return _LoraDelta.apply(x, y, self.down.weight, self.up.weight, self.scaling, p)
+        is_plain = type(self.base) is nn.Linear and self.base.bias is None and not self.base.weight.requires_grad
+        # A plain linear's product is made, and its gradient added up, in the kernels of the LoRA's own.
+        weight, y = (self.base.weight, None) if is_plain else (None, self.base(x))
+        return _LoraLinear.apply(x, y, weight, self.down.weight, self.up.weight, self.scaling, p)
 
 
-class _LoraDelta(torch.autograd.Function):
-    """y + s B A dropout(x), with s the scaling."""
+class _LoraLinear(torch.autograd.Function):
+    """W x + s B A dropout(x), with s the scaling; or y + s B A dropout(x) where the base has made y = W x."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, p: float
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+        p: float,
     ) -> torch.Tensor:
         a, b = down.to(x.dtype), up.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         dropped, mask = (flat, None) if p == 0.0 else _dropout(flat, p)
         low = dropped @ a.t()
-        ctx.save_for_backward(flat, mask, low, a, b)
+        if weight is not None:
+            out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scaling)
+        else:
+            assert y is not None
+            out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, mask, low, a, b, weight)
         ctx.scaling, ctx.keep, ctx.shape = scaling, 1 - p, x.shape
-        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t(), alpha=scaling).view(y.shape)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
-        flat, mask, low, a, b = ctx.saved_tensors
+        flat, mask, low, a, b, weight = ctx.saved_tensors
         gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
-        of_low = (gradient @ b) * ctx.scaling
-        of_up = (gradient.t() @ low).float() * ctx.scaling
-        if mask is None:
-            of_down, of_x = (of_low.t() @ flat).float(), of_low @ a
-        else:
-            of_down = (of_low.t() @ (flat * mask)).float() / ctx.keep
-            of_x = (of_low @ a).mul_(mask).div_(ctx.keep)
-        return of_x.view(ctx.shape), upstream[0], of_down, of_up, None, None
+        # The factors go into the narrow matrices.
+        of_low = (gradient @ b) * (ctx.scaling / ctx.keep)
+        of_up = (gradient.t() @ (low * ctx.scaling)).float()
+        of_down = (of_low.t() @ (flat if mask is None else flat * mask)).float()
+        of_x = of_y = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_low @ a
+            if mask is not None:
+                of_x.mul_(mask)
+            if weight is not None:
+                of_x.addmm_(gradient, weight)
+            of_x = of_x.view(ctx.shape)
+        if weight is None:
+            of_y = upstream[0]
+        return of_x, of_y, None, of_down, of_up, None, None
 
 
 def _dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:

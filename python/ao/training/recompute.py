@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from ao.batch import lay_out, layout
 from ao.config import TrainConfig
-from ao.loss import CHUNK
+from ao.loss import chunk_of
 from ao.models.adapters import as_oracle
 from ao.models.arch import Arch
 
-PROBE_TOKENS = 64
-"""Tokens of the row that is measured."""
+PROBE_TOKENS = (64, 128)
+"""Tokens of the rows that are measured; what they keep alike, as copies of weights, is not a token's."""
 SHARE = 0.9
 """Of the free memory that activations may take; the rest is for what kernels allocate while they run."""
 CPU_SHARE = 0.5
@@ -84,13 +84,18 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
         bytes_per_token=kept_bytes_per_token(model, arch, device),
         input_bytes_per_token=arch.d_model * arch.head.weight.element_size(),
         # fp32 logits and what cap, softmax and their gradients make of them
-        loss_bytes=6 * 4 * CHUNK * arch.vocab,
+        loss_bytes=6 * 4 * chunk_of(arch, device) * arch.vocab,
         free_bytes=int(_free_bytes(device)) - coming,
     )
 
 
 def kept_bytes_per_token(model: PreTrainedModel, arch: Arch, device: torch.device) -> int:
     """Bytes that autograd keeps of one token of a row for the backward pass."""
+    few, many = (_kept_bytes(model, arch, device, tokens) for tokens in PROBE_TOKENS)
+    return -(-(many - few) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]))
+
+
+def _kept_bytes(model: PreTrainedModel, arch: Arch, device: torch.device, tokens: int) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     weights |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
     kept: dict[int, int] = {}
@@ -103,13 +108,19 @@ def kept_bytes_per_token(model: PreTrainedModel, arch: Arch, device: torch.devic
 
     was_training = model.training
     model.train()
-    batch = lay_out([np.zeros(PROBE_TOKENS, np.int64)], packed=arch.attention_only, device=device)
-    state = torch.random.get_rng_state()
-    with layout(model, arch), as_oracle(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        arch.decoder(**batch.model_inputs)
-    torch.random.set_rng_state(state)
+    batch = lay_out([np.zeros(tokens, np.int64)], packed=arch.attention_only, device=device)
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        layout(model, arch),
+        as_oracle(model),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        # Held until they are counted: memory that is freed would be given out again at the same place.
+        resid_BTD = arch.decoder(**batch.model_inputs).last_hidden_state
+    del resid_BTD
     model.train(was_training)
-    return -(-sum(kept.values()) // PROBE_TOKENS)
+    return sum(kept.values())
 
 
 def _free_bytes(device: torch.device) -> float:
