@@ -176,7 +176,8 @@ def _varlen(
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     bounds, longest = documents.bounds, documents.longest
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **arguments).unsqueeze(0)
+    output: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **arguments)
+    return output.unsqueeze(0)
 
 
 def _unpack(states: torch.Tensor, documents: Documents) -> torch.Tensor:

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ def train(
             cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
         model, target = _loaded(recipe, here, dataset)
         learner = Learner.of(model, config, here)
-        if here.first:
-            log.info("recompute %s", learner.recompute)
+        if here.first and progress:
+            tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
         identity = _identity(recipe, dataset)
         run = _Run()
         if found is not None:
@@ -177,7 +178,9 @@ def _loop(
             points = share_of(held_out, here)
             scores = HeldOut(points, ahead(points), tokens_per_row=config.tokens_per_row, packed=not padded)
         tested = False
-        for first, window in windows(training, config, here, padded, run.step):
+        coming = windows(training, config, here, padded, run.step)
+        while (step_and_window := meter.waited(coming)) is not None:
+            first, window = step_and_window
             vectors = ahead([point for rows in window for points in rows for point in points])
             if not tested:
                 tested = True
@@ -314,7 +317,7 @@ def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | Non
     is_run = (out / "log.jsonl").is_file() or (out / "checkpoints").is_dir()
     if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
         raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
-    if resume and is_adapter:
+    if resume and (out / RECORD).is_file():
         return out / RECORD
     if resume and saved:
         return saved[-1]

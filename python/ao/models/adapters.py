@@ -195,7 +195,7 @@ def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: d
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(peft, adapter_name=NAME)
+    state = get_peft_model_state_dict(peft, adapter_name=NAME, save_embedding_layers=False)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
     settings = peft.peft_config[NAME].to_dict()
     settings["base_model_name_or_path"] = base

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ao.memory import peak_rss_bytes
 from ao.models.arch import Arch, linear_weights
 from ao.training.step import StepResult
+
+T = TypeVar("T")
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bf16 FLOP/s that the makers' data sheets state, by a part of the device's name; of other devices no share is told."""
@@ -47,6 +49,11 @@ class Meter:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - started
+
+    def waited(self, items: Iterator[T]) -> T | None:
+        """The next item, or None behind the last; the wait for it counts as data."""
+        with self.timing("data"):
+            return next(items, None)
 
     def context_tokens(self, tokens: int) -> None:
         """Context tokens that this rank ran through the target."""

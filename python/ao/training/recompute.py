@@ -76,13 +76,14 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
     """Measure a token, and what is free beside weights, gradient and optimizer."""
     if config.recompute != "auto":
         return Recompute(arch.num_layers, config.recompute == "on")
+    weight: torch.Tensor = arch.head.get_parameter("weight")
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # Not there yet: a flat copy of the adapter's weights, its gradient, and the optimizer's states.
     coming = adapter * (4 + 4 + (2 if config.optimizer == "adamw8bit" else 8))
     return Recompute(
         arch.num_layers,
         bytes_per_token=kept_bytes_per_token(model, arch, device),
-        input_bytes_per_token=arch.d_model * arch.head.weight.element_size(),
+        input_bytes_per_token=arch.d_model * weight.element_size(),
         # fp32 logits and what cap, softmax and their gradients make of them
         loss_bytes=6 * 4 * chunk_of(arch, device) * arch.vocab,
         free_bytes=int(_free_bytes(device)) - coming,
@@ -104,7 +105,8 @@ def _kept_bytes(model: PreTrainedModel, arch: Arch, device: torch.device, tokens
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The tensor itself would be held by its own graph, and the whole forward with it.
+        return tensor.detach()
 
     was_training = model.training
     model.train()
