@@ -197,10 +197,16 @@ def work(steps: Sequence[Sequence[Datapoint]], about: dict[str, Any], *, pairs: 
     groups = [points[first : first + 2] for first in range(0, len(points), 2)] if pairs else [points]
     context_blocks = 0
     for group in groups:
-        contexts = [point.context_ids for point in group]
-        distinct = contexts if pairs else list({context.tobytes(): context for context in contexts}.values())
-        deepest = max(int(point.layers.max()) for point in group)
-        context_blocks += sum(map(len, distinct)) * (deepest + 1)
+        if pairs:
+            depth = max(int(point.layers.max()) for point in group) + 1
+            context_blocks += depth * sum(len(point.context_ids) for point in group)
+            continue
+        # Ours runs each distinct context up to the deepest layer wanted of it.
+        deepest: dict[bytes, int] = {}
+        for point in group:
+            key = point.context_ids.tobytes()
+            deepest[key] = max(deepest.get(key, 0), int(point.layers.max()) + 1)
+        context_blocks += sum(depth * (len(key) // point.context_ids.itemsize) for key, depth in deepest.items())
     a_pass = 2.0 * about["linear_parameters"]
     return {
         "examples": len(points),

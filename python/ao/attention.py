@@ -104,6 +104,10 @@ def document_attention(
     if softcap is None and _fits_varlen(query, documents, sliding_window):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     query, key, value = (_unpack(states, documents) for states in (query, key, value))
+    if query.is_cuda and query.shape[-1] > VARLEN_HEAD and key.shape[1] != query.shape[1]:
+        # With grouped heads of this width SDPA falls back to the kernel that holds every score.
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None and sliding_window is not None and documents.longest > sliding_window:
         output = _banded_attention(query, key, value, scaling, sliding_window)
     elif softcap is None:

@@ -85,7 +85,9 @@ def pack(
         loading = pool.submit(_settings, recipe.model, recipe.data)
         if not out.exists() and not partial.exists():
             # Nothing that stands there can end the build, so the rows are surveyed while the tokenizer loads.
-            surveyed = _surveyed(found, recipe.data.seed, root, progress=progress)
+            # What is wrong with the model ends the survey.
+            check = lambda: loading.result() if loading.done() else None  # noqa: E731
+            surveyed = _surveyed(found, recipe.data.seed, root, progress=progress, check=check)
         settings, oracle_framer = loading.result()
     settings = build_settings(**settings, inputs=_inputs(found, root))
     manifest = _require_free(out, settings)
@@ -293,8 +295,13 @@ def _reads(config: Any) -> list[dict[str, Any]]:
 # Building
 
 
-def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> tuple[list[Source], int | None]:
-    """The sources, ready to be packed, and how many examples they will give, or about how many, where that is known."""
+def _surveyed(
+    found: list[_Found], seed: int, root: Path, *, progress: bool, check: Callable[[], object] = lambda: None
+) -> tuple[list[Source], int | None]:
+    """The sources, ready to be packed, and how many examples they will give, or about how many, where that is known.
+
+    `check` is called now and then, and may raise.
+    """
     native = [_native(source, seed, root) for source in found]
     totals: list[int | None] = []
     with _bar("survey", " rows", None, show=progress and any(each.needs_survey for each in native)) as bar:
@@ -304,6 +311,7 @@ def _surveyed(found: list[_Found], seed: int, root: Path, *, progress: bool) -> 
                 for rows in readers.rows(source.config, root=root, seed=seed, found=source.tables):
                     each.survey(canonical_json(rows.table), rows.batch, rows.first_row)
                     surveyed += rows.batch.num_rows
+                    check()
                     bar(surveyed)
             total = each.settle()
             if total is not None and source.count is not None and total < source.count:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ from ao.training.tracking import Log
 log = logging.getLogger(__name__)
 
 RECORD = "training.json"
+REPEATED = 5.0
+"""Seconds within which another signal is the same one again."""
 _VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
 _FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute", "compile")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
@@ -88,11 +91,14 @@ def train(
     config, data, out = recipe.train, Path(data), Path(out)
     with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
         found = _found(out, resume=resume, restart=restart, here=here)
-        if found is not None and found.name == RECORD:
-            return {**read_manifest(found), "first_rank": here.first}
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
+        identity = _identity(recipe, dataset)
+        if found is not None and found.name == RECORD:
+            record = read_manifest(found)
+            require_same_run(found, record, identity)
+            return {**record, "first_rank": here.first}
         training, held_out = split(dataset, config.held_out, seed=config.seed)
         cache = None
         if config.cache is not None:
@@ -101,11 +107,10 @@ def train(
         learner = Learner.of(model, config, here)
         if here.first and progress:
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
-        identity = _identity(recipe, dataset)
         run = _Run()
         if found is not None:
+            require_same_run(found, read_manifest(found / "run.json"), identity)
             saved = load_checkpoint(found, learner)
-            require_same_run(found, saved, identity)
             run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
         record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
         if here.first:
@@ -175,8 +180,9 @@ def _loop(
         bar,
     ):
         if len(held_out):
-            points = share_of(held_out, here)
-            scores = HeldOut(points, ahead(points), tokens_per_row=config.tokens_per_row, packed=not padded)
+            points, donors = share_of(held_out, here)
+            vectors = ahead([*points, *donors])
+            scores = HeldOut(points, donors, vectors, tokens_per_row=config.tokens_per_row, packed=not padded)
         tested = False
         coming = windows(training, config, here, padded, run.step)
         while (step_and_window := meter.waited(coming)) is not None:
@@ -194,6 +200,8 @@ def _loop(
                 result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 done = step + 1
                 # -- step done --
+                if result.skipped and here.first:
+                    log.warning("step %d: the gradient is not finite, so nothing moved", done)
                 meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
                 losses.append(round(result.loss, 6) if math.isfinite(result.loss) else None)
                 bar.update()
@@ -231,6 +239,7 @@ def _loop(
     seconds = state["seconds"]
     return {
         "steps": len(losses),
+        "identity": identity,
         "ranks": here.world,
         "versions": {name: version(distribution) for name, distribution in _VERSIONS.items()},
         "losses": losses,
@@ -321,29 +330,34 @@ def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | Non
         return out / RECORD
     if resume and saved:
         return saved[-1]
-    if saved and not is_adapter and not restart:
+    if saved and not (out / RECORD).is_file() and not restart:
         raise FileExistsError(
             f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
         )
     here.wait()
     if here.first:
+        # A later --resume must not take an earlier run's end for this one's.
+        (out / RECORD).unlink(missing_ok=True)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return None
 
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Inside, the first SIGINT or SIGTERM asks the run to stop after its step; a second one stops at once."""
-    asked = threading.Event()
+    """Inside, SIGINT or SIGTERM asks the run to stop after its step; another one some seconds later stops it at once."""
+    asked, first = threading.Event(), [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
+        # Launchers and schedulers often send the same signal twice at once.
+        if asked.is_set() and time.monotonic() - first[0] > REPEATED:
+            raise KeyboardInterrupt
+        if not asked.is_set():
+            first[0] = time.monotonic()
         asked.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, ask)

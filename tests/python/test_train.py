@@ -36,7 +36,7 @@ from ao.prompt import framer, model_folder
 from ao.residuals import read_vectors
 from ao.shards import PackedDataset
 from ao.train import train, windows
-from ao.training.heldout import split
+from ao.training.heldout import share_of, split
 from ao.training.state import checkpoints
 from ao.training.step import Learner, learning_rate
 
@@ -537,8 +537,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(packed, tmp_path):
 )
 def test_another_run_is_not_resumed(changes, problem, packed, tmp_path):
     train(recipe_of(save_every=2), data=packed, out=tmp_path / "out", progress=False)
-    for name in ("adapter_config.json", "training.json"):
-        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "training.json").unlink()
     with pytest.raises(ValueError, match=problem):
         train(recipe_of(save_every=2, **changes), data=packed, out=tmp_path / "out", resume=True, progress=False)
     # What no loss depends on may change.
@@ -559,6 +558,38 @@ def test_the_held_out_part_shares_no_context_with_training(packed):
     assert (len(nothing[0]), len(nothing[1])) == (len(dataset), 0)
     with pytest.raises(ValueError, match="nothing would be left to train on"):
         split(dataset, len(dataset), seed=0)
+
+
+def test_a_control_shows_another_context_whatever_the_ranks(packed):
+    _, held_out = split(PackedDataset.open(packed), 24, seed=0)
+    ranks = [Ranks(rank=rank, world=2, device=torch.device("cpu")) for rank in range(2)]
+    points, donors = share_of(held_out, Ranks(rank=0, world=1, device=torch.device("cpu")))
+    pairs = {point.id: donor.id for point, donor in zip(points, donors, strict=True)}
+    others = [share_of(held_out, here) for here in ranks]
+    assert {p.id: d.id for mine in others for p, d in zip(*mine, strict=True)} == pairs
+    for point, donor in zip(points, donors, strict=True):
+        assert not np.array_equal(point.context_ids[:4], donor.context_ids[:4]) or point.id != donor.id
+        assert set(point.layers) == set(donor.layers)
+        assert point.id != donor.id
+
+
+def test_a_later_run_in_the_same_folder_is_the_one_resumed(packed, tmp_path, monkeypatch):
+    train(recipe_of(), data=packed, out=tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="another run: train was"):
+        train(recipe_of(steps=8), data=packed, out=tmp_path / "out", resume=True, progress=False)
+    step, done = Learner.step, iter(range(10**6))
+
+    def dying(self, *args, **kwargs):
+        if next(done) == 5:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", dying)
+        with pytest.raises(Killed):
+            train(recipe_of(steps=8, save_every=2), data=packed, out=tmp_path / "out", progress=False)
+    record = train(recipe_of(steps=8, save_every=2), data=packed, out=tmp_path / "out", resume=True, progress=False)
+    assert record["steps"] == 8
 
 
 def test_a_mean_over_examples_weighs_each_alike(packed, tmp_path):
@@ -602,9 +633,6 @@ def test_a_cache_gives_the_losses_of_looking_ahead(plain, packed, tmp_path, monk
     found = losses(packed, tmp_path / "out", cache=str(tmp_path / "acts"))
     assert not reads
     assert_allclose(found, plain[0]["losses"], rtol=1e-5)
-    # What is missing is collected.
-    for file in sorted((tmp_path / "acts").glob("*00000*")):
-        file.unlink()
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,8 @@ def _measured(shard: _Arrays) -> dict[str, Any]:
         for row, length in zip(shard["context"].tolist(), shard["context_length"].tolist(), strict=True)
     ]
     positions = shard.bytes_of("read_positions", "placeholder_offsets")
-    whole = set(zip(shard.bytes_of("input_ids", "input_offsets"), read, positions, strict=True))
+    inputs = shard.bytes_of("input_ids", "input_offsets")
+    whole = set(zip(inputs, read, positions, shard["kind"].tolist(), strict=True))
     return {
         "contexts": len(shard["context_offsets"]) - 1,
         "context_tokens": len(shard["context_ids"]),

@@ -34,14 +34,28 @@ def split(dataset: PackedDataset, count: int, *, seed: int) -> tuple[Part, Part]
 
 
 class HeldOut:
-    """Scores of held-out datapoints, each rank scoring its own."""
+    """Scores of held-out datapoints, each rank scoring its own.
+
+    Args:
+        points: what this rank scores.
+        donors: for each, whose activations it is shown as a control.
+        vectors: activations of both by id, each [K, D].
+        tokens_per_row: token budget of a row.
+        packed: rows are sequences joined.
+    """
 
     def __init__(
-        self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor], *, tokens_per_row: int, packed: bool
+        self,
+        points: Sequence[Datapoint],
+        donors: Sequence[Datapoint],
+        vectors: Mapping[str, torch.Tensor],
+        *,
+        tokens_per_row: int,
+        packed: bool,
     ) -> None:
-        self._points = points
         self._vectors = vectors
-        self._shuffled = shuffled(points, vectors)
+        pairs = zip(points, donors, strict=True)
+        self._shuffled = {point.id: _fitted(point, donor, vectors[donor.id]) for point, donor in pairs}
         lengths = [len(point.input_ids) for point in points]
         rows = rows_of(lengths, tokens_per_row=tokens_per_row, packed=packed)
         self._rows = [[points[index] for index in row] for row in rows]
@@ -52,23 +66,28 @@ class HeldOut:
         return {"held_out_loss": own, "held_out_loss_shuffled": other, "held_out_gain": other - own}
 
 
-def share_of(points: Part, here: Ranks) -> list[Datapoint]:
-    """What this rank scores."""
-    return [points[index] for index in range(here.rank, len(points), here.world)]
-
-
-def shuffled(points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """For each datapoint as many vectors of the next one that reads the same layers, repeated where it has fewer."""
-    by_layers: dict[tuple[int, ...], list[Datapoint]] = {}
-    for point in points:
-        by_layers.setdefault(tuple(np.unique(point.layers).tolist()), []).append(point)
-    found = {}
+def share_of(part: Part, here: Ranks) -> tuple[list[Datapoint], list[Datapoint]]:
+    """What this rank scores, and a donor for each, which does not depend on the number of ranks: another datapoint that
+    reads the same layers of another context; where there is none, the datapoint itself."""
+    points = [part[index] for index in range(len(part))]
+    by_layers: dict[tuple[int, ...], list[int]] = {}
+    for index, point in enumerate(points):
+        by_layers.setdefault(tuple(np.unique(point.layers).tolist()), []).append(index)
+    donors = list(points)
     for alike in by_layers.values():
-        for point, donor in zip(alike, alike[1:] + alike[:1], strict=True):
-            parts = []
-            for layer in dict.fromkeys(point.layers.tolist()):
-                of_donor = vectors[donor.id][torch.from_numpy(np.flatnonzero(donor.layers == layer))]
-                wanted = int((point.layers == layer).sum())
-                parts.append(of_donor[torch.arange(wanted) % len(of_donor)])
-            found[point.id] = torch.cat(parts)
-    return found
+        for place, index in enumerate(alike):
+            others = (alike[(place + step) % len(alike)] for step in range(1, len(alike)))
+            own = part.groups[index]
+            donors[index] = points[next((other for other in others if part.groups[other] != own), index)]
+    mine = range(here.rank, len(points), here.world)
+    return [points[index] for index in mine], [donors[index] for index in mine]
+
+
+def _fitted(point: Datapoint, donor: Datapoint, vectors_KD: torch.Tensor) -> torch.Tensor:
+    """As many vectors of the donor at each layer as the datapoint reads there, repeated where it has fewer."""
+    parts = []
+    for layer in dict.fromkeys(point.layers.tolist()):
+        of_donor = vectors_KD[torch.from_numpy(np.flatnonzero(donor.layers == layer))]
+        wanted = int((point.layers == layer).sum())
+        parts.append(of_donor[torch.arange(wanted) % len(of_donor)])
+    return torch.cat(parts)

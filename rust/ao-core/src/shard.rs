@@ -81,11 +81,12 @@ pub fn encode(columns: &Columns, stats: &mut Stats, header: impl FnOnce(&Stats) 
     arrays.serialize(metadata)
 }
 
-/// How many datapoints have the same input, context and positions as one before them.
+/// How many datapoints have the same input, context, positions and kind as one before them.
 fn duplicates(columns: &Columns) -> u64 {
     let mut seen = HashSet::with_capacity(columns.len());
     let is_repeated = |&at: &usize| {
         let mut hasher = Xxh3::new();
+        hasher.update(&[columns.kinds[at]]);
         for part in [columns.inputs.row(at), columns.context_ids(at), columns.positions(at)] {
             hasher.update(&part.len().to_le_bytes());
             hasher.update(bytemuck::cast_slice(part));
