@@ -105,7 +105,7 @@ def train(
             cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
         model, target = _loaded(recipe, here, dataset)
         learner = Learner.of(model, config, here)
-        if here.first and progress:
+        if here.first and progress and learner.recompute.blocks(config.tokens_per_row):
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
         run = _Run()
         if found is not None:

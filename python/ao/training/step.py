@@ -21,7 +21,7 @@ from ao.distributed import Ranks
 from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward
+from ao.models.adapters import add_adapter, as_oracle, lean_forward
 from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
@@ -201,12 +201,6 @@ class Learner:
             self.model.train()
         self.here.sum_(sums)
         return float(sums[0] / sums[1])
-
-    @contextmanager
-    def as_target(self) -> Iterator[None]:
-        """Inside, the base is read, its adapter off."""
-        with as_target(self.model):
-            yield
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
