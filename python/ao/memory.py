@@ -45,12 +45,13 @@ class PeakMemory:
             self._stop.wait(self._every)
 
 
-def peak_rss_bytes() -> int:
-    """Greatest resident memory of this process so far."""
+def peak_rss_bytes(*, children: bool = False) -> int:
+    """Greatest resident memory of this process so far; with `children`, and of its largest child that has ended."""
     import resource
 
+    kinds = (resource.RUSAGE_SELF, *([resource.RUSAGE_CHILDREN] if children else []))
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return unit * sum(resource.getrusage(kind).ru_maxrss for kind in kinds)
 
 
 def _resident(process: psutil.Process) -> int:

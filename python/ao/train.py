@@ -42,7 +42,7 @@ from ao.training.heldout import HeldOut, share_of, split
 from ao.training.lookahead import look_ahead
 from ao.training.meter import Meter
 from ao.training.selftest import check_learner
-from ao.training.state import checkpoints, load_checkpoint, prune, require_same_run, save_checkpoint
+from ao.training.state import FOLDER, checkpoints, load_checkpoint, prune, require_same_run, save_checkpoint
 from ao.training.step import Learner, learning_rate
 from ao.training.tracking import Log
 
@@ -90,7 +90,7 @@ def train(
     """
     config, data, out = recipe.train, Path(data), Path(out)
     with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
-        found = _found(out, resume=resume, restart=restart, here=here)
+        found = _found(out, resume=resume, restart=restart)
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
@@ -108,7 +108,14 @@ def train(
         if here.first and progress and learner.recompute.blocks(config.tokens_per_row):
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
         run = _Run()
-        if found is not None:
+        if found is None:
+            # Only now, as nothing is wrong with what was given. A later --resume must not take an earlier run's end for
+            # this one's.
+            here.wait()
+            if here.first:
+                (out / RECORD).unlink(missing_ok=True)
+                shutil.rmtree(out / FOLDER, ignore_errors=True)
+        else:
             require_same_run(found, read_manifest(found / "run.json"), identity)
             saved = load_checkpoint(found, learner)
             run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
@@ -314,7 +321,7 @@ def _identity(recipe: Recipe, dataset: PackedDataset) -> dict[str, Any]:
     return {"train": settings, "model": model, "shards": shards}
 
 
-def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | None:
+def _found(out: Path, *, resume: bool, restart: bool) -> Path | None:
     """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
 
     Raises:
@@ -323,7 +330,7 @@ def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | Non
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose another --out")
     is_adapter, saved = (out / "adapter_config.json").is_file(), checkpoints(out)
-    is_run = (out / "log.jsonl").is_file() or (out / "checkpoints").is_dir()
+    is_run = (out / "log.jsonl").is_file() or (out / FOLDER).is_dir()
     if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
         raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
     if resume and (out / RECORD).is_file():
@@ -334,11 +341,6 @@ def _found(out: Path, *, resume: bool, restart: bool, here: Ranks) -> Path | Non
         raise FileExistsError(
             f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
         )
-    here.wait()
-    if here.first:
-        # A later --resume must not take an earlier run's end for this one's.
-        (out / RECORD).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return None
 
 

@@ -6,7 +6,6 @@ The numbers depend on the oracle, the recipe and the data alone; only `seconds` 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ao import memory
 from ao.config import EvalConfig, Recipe
 from ao.eval import scorers
 from ao.eval.controls import CONDITIONS, CONTROLS, Condition, condition
@@ -95,7 +95,7 @@ def evaluate(
         "schema": SCHEMA,
         "tasks": reports,
         "seconds": {name: round(value, 3) for name, value in {**spent, "total": sum(spent.values())}.items()},
-        "peak_rss_bytes": _peak_rss_bytes() if peak_rss_bytes is None else peak_rss_bytes,
+        "peak_rss_bytes": memory.peak_rss_bytes(children=True) if peak_rss_bytes is None else peak_rss_bytes,
         "versions": {name: version(distribution) for name, distribution in _VERSIONS.items()},
         "seed": recipe.eval.seed,
     }
@@ -258,9 +258,3 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(f"eval.tasks: {name!r} names a folder of the report; expected a plain name without '/'")
-
-
-def _peak_rss_bytes() -> int:
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * sum(resource.getrusage(kind).ru_maxrss for kind in kinds)
