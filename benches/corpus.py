@@ -46,7 +46,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     if not folder.is_dir():
         say(f"making {name} in {folder.parent} (once)")
-        temporary = folder.with_name(f".{name}.{os.getpid()}.tmp")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
             make(temporary)

@@ -339,7 +339,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         _fail(error, 3, as_json)
     else:
         if command.json and result:
-            print(json.dumps(result))
+            _write(json.dumps(result))
         if isinstance(command, Eval) and command.fail_under is not None:
             short = [task["name"] for task in result["tasks"] if task["gain_interval"][0] < command.fail_under]
             if short:
@@ -450,12 +450,16 @@ def _inspect(command: Inspect) -> dict[str, Any]:
     if not command.json:
         is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
         encoding = sys.stdout.encoding or "utf-8"
-        try:
-            # What the terminal cannot write is written as its code.
-            print(text(result, color=is_terminal).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        except BrokenPipeError:  # `head` or a pager has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What the terminal cannot write is written as its code.
+        _write(text(result, color=is_terminal).encode(encoding, "backslashreplace").decode(encoding))
     return result
+
+
+def _write(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `head` or a pager has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _collect(command: Collect) -> dict[str, Any]:

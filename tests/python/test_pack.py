@@ -20,7 +20,7 @@ from ao.config import DataConfig, ModelConfig, load_recipe, parse_recipe, to_dic
 from ao.pack import merge, pack, summary_text
 from ao.prompt import model_folder, resolve_layer
 from ao.shards import PackedDataset
-from ao.sources import files
+from ao.sources import blocks, files
 
 USER = {"role": "user", "content": "  Where is Caf\u00e9 \U0001f469\u200d\U0001f680 e\u0301? "}
 REPLY = {"role": "assistant", "content": "In the city of Paris."}
@@ -224,7 +224,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, model: str, monkeypa
 
     first = packed("first")
     assert len(list((tmp_path / "first").iterdir())) > 8
-    monkeypatch.setattr(files, "BLOCK", 700)
+    monkeypatch.setattr(blocks, "BLOCK", 700)
     assert packed("second") == first
     assert packed("first") == first
     assert packed("third", seed=1) != first
@@ -292,7 +292,7 @@ def test_a_stopped_build_goes_on(tmp_path: Path, model: str, monkeypatch: pytest
     )
     source = {"name": "t", "kind": "context_prediction", "path": "texts.jsonl", "predict": [1, 4], "window": [1, 3]}
     recipe = parse_recipe({"model": {"name": model}, "data": {"sources": [source], "examples_per_shard": 16}})
-    monkeypatch.setattr(files, "BLOCK", 900)
+    monkeypatch.setattr(blocks, "BLOCK", 900)
     pack(recipe, root=tmp_path, out=tmp_path / "whole")
 
     read = files.read_jsonl
@@ -391,7 +391,7 @@ def test_bad_rows_of_a_table_are_counted_too(
     tmp_path: Path, model: str, labels: dict[str, str], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a survey and without one; the good rows make what they make without the bad ones."""
-    monkeypatch.setattr(files, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     good = [f"She will go to city {i}.,{'ab'[i % 2]}" for i in range(12)]
     rows = [*good[:4], "She will go to a,city,a", *good[5:8], '"so"', *good[9:], "She w\udce4s,a"]
     data = "\n".join(["text,label", *rows, ""]).encode(errors="surrogateescape")

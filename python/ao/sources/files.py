@@ -7,38 +7,26 @@ a single row is found, or with an `unreadable` one told, in Rust, which counts i
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao.config import SourceConfig
+from ao.sources import blocks
+from ao.sources.blocks import BYTE_ORDER_MARK, opened, read_blocks, suffixes
 from ao.sources.columns import Columns, require_plain, spelled
-from ao.sources.table import Batches, Table, unreadable
+from ao.sources.csv_rows import read_csv
+from ao.sources.table import Read, Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.csv as pa_csv
 
-BLOCK = 4 * 2**20
-"""Bytes of a block."""
 ENTRIES = 4096
 """Entries of a `.json` file in one batch."""
-SHOWN = 60
-"""Characters that a message shows of a bad row."""
-COMPRESSED = (".gz", ".zst")
 
-Read = Iterator[tuple["pa.RecordBatch", int]]
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(rb"\n[^\S\n]*\n\s*")
-_CSV_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
 def file_tables(config: SourceConfig, *, path: Path, columns: Columns) -> list[Table]:
@@ -59,7 +47,7 @@ def file_tables(config: SourceConfig, *, path: Path, columns: Columns) -> list[T
         raise FileNotFoundError(f"source {config.name!r}: {path} has no file of {_kinds(config)}")
     by_prefix: dict[str, Path] = {}
     for file in files:
-        name = file.relative_to(path).as_posix().removesuffix("".join(_suffixes(file)))
+        name = file.relative_to(path).as_posix().removesuffix("".join(suffixes(file)))
         other = by_prefix.setdefault(f"{config.name}/{name}", file)
         if other is not file:
             raise ValueError(
@@ -69,19 +57,13 @@ def file_tables(config: SourceConfig, *, path: Path, columns: Columns) -> list[T
     return [_table(config, path=file, prefix=prefix, columns=columns) for prefix, file in by_prefix.items()]
 
 
-def _suffixes(path: Path) -> list[str]:
-    """A file's format and, behind it, its compression: [".jsonl", ".gz"]."""
-    suffixes = path.suffixes
-    return suffixes[-2:] if suffixes and suffixes[-1] in COMPRESSED else suffixes[-1:]
-
-
 def _kind(config: SourceConfig, path: Path) -> str | None:
-    suffixes = _suffixes(path)
-    if not suffixes or suffixes[0] not in _READERS:
+    found = suffixes(path)
+    if not found or found[0] not in _READERS:
         return None
-    if suffixes[0] == ".txt" and config.kind != "context_prediction":
+    if found[0] == ".txt" and config.kind != "context_prediction":
         return None
-    return None if len(suffixes) > 1 and suffixes[0] in _BINARY else suffixes[0]
+    return None if len(found) > 1 and found[0] in _BINARY else found[0]
 
 
 def _kinds(config: SourceConfig) -> str:
@@ -113,7 +95,7 @@ def expected_rows(path: Path, *, whole: bool = False) -> int | None:
         path: The file.
         whole: A `.txt` file is one row.
     """
-    kind, *compressed = _suffixes(path)
+    kind, *compressed = suffixes(path)
     if kind == ".parquet":
         import pyarrow.parquet as pq
 
@@ -123,38 +105,12 @@ def expected_rows(path: Path, *, whole: bool = False) -> int | None:
     if kind == ".txt" and whole:
         return 1
     with open(path, "rb") as file:
-        block = file.read(BLOCK)
+        block = file.read(blocks.BLOCK)
     rows = len(_BLANK_LINES.findall(block)) if kind == ".txt" else block.count(b"\n")
     return round(rows * path.stat().st_size / max(1, len(block)))
 
 
 # Text
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A file's bytes, decompressed."""
-    import pyarrow as pa
-
-    if _suffixes(path)[-1] not in COMPRESSED:
-        with open(path, "rb", buffering=0) as file:
-            yield file
-        return
-    with pa.input_stream(str(path), compression="detect") as stream:
-        try:
-            yield stream
-        except OSError as error:
-            # What the codec says of a damaged stream; ours to say which file that was.
-            raise ValueError(f"{path}: cannot be decompressed: {error}; the file is damaged or cut off") from None
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes without a byte order mark, about `BLOCK` at a time."""
-    with _opened(path) as file:
-        first = True
-        while block := file.read(BLOCK):
-            yield block.removeprefix(_BYTE_ORDER_MARK) if first else block
-            first = False
 
 
 def read_jsonl(path: Path, columns: Columns | None = None) -> Read:
@@ -170,7 +126,7 @@ def read_jsonl(path: Path, columns: Columns | None = None) -> Read:
         return pa.record_batch([lines], names=["json"])
 
     rest, first_row = b"", 0
-    for block in _blocks(path):
+    for block in read_blocks(path):
         block = rest + block if rest else block
         ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1
         if not len(ends):
@@ -192,7 +148,7 @@ def read_text(path: Path, *, name: str, whole: bool) -> Read:
     import pyarrow as pa
 
     first_row = 0
-    for pieces in [[b"".join(_blocks(path)).strip()]] if whole else _paragraphs(path):
+    for pieces in [[b"".join(read_blocks(path)).strip()]] if whole else _paragraphs(path):
         documents = [piece for piece in pieces if piece]
         if not documents:
             continue
@@ -211,148 +167,10 @@ def read_text(path: Path, *, name: str, whole: bool) -> Read:
 
 def _paragraphs(path: Path) -> Iterator[list[bytes]]:
     rest = b""
-    for block in _blocks(path):
+    for block in read_blocks(path):
         *pieces, rest = _BLANK_LINES.split(rest + block)
         yield [piece.strip() for piece in pieces]
     yield [rest.strip()]
-
-
-def read_csv(path: Path, columns: Columns) -> Read:
-    """Rows of a CSV file with a header, every cell as text; blank lines are passed over.
-
-    A row with another number of cells than the header, or with a cell that is read and not UTF-8, is `unreadable`.
-
-    Raises:
-        ValueError: it has no header, or a quote is not closed.
-    """
-    import pyarrow as pa
-    import pyarrow.csv as pa_csv
-
-    names = _csv_header(path)
-    chosen = columns.chosen(names, where=str(path))
-    # A row with one cell too many. If a quote is open it becomes part of a cell, as all does that stands behind the quote.
-    end = "," * len(names)
-    bad: deque[pa_csv.InvalidRow] = deque()
-
-    def pass_over(row: pa_csv.InvalidRow) -> str:
-        bad.append(row)
-        return "skip"
-
-    next_row = 0
-    try:
-        with pa_csv.open_csv(
-            pa.PythonFile(_Stream(_with_end(_blocks(path), end)), mode="r"),
-            # With use_threads Arrow does not know the number of a bad row.
-            read_options=pa_csv.ReadOptions(use_threads=False, block_size=BLOCK + len(end) + 2),
-            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=pass_over),
-            convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()),
-                include_columns=chosen,
-                strings_can_be_null=False,
-                check_utf8=False,
-            ),
-        ) as reader:
-            for batch in reader:
-                while batch.num_rows:
-                    until = min(_number(bad[0]) - next_row, batch.num_rows) if bad else batch.num_rows
-                    if until == 0:
-                        yield unreadable(_wrong_cells(bad.popleft())), next_row
-                        next_row += 1
-                    else:
-                        yield from _in_utf8(batch.slice(0, until), next_row)
-                        next_row += until
-                        batch = batch.slice(until)
-    except (pa.ArrowInvalid, OSError) as error:
-        what = str(error)
-        if "straddl" in what:
-            what = f"a quote is not closed, or a row is longer than {BLOCK} bytes"
-        elif found := _CSV_ROW.search(what):
-            # Arrow shows its text to nobody then.
-            what = f"row {int(found[1]) - 2} has {found[3]} cells, not {found[2]}, and is not UTF-8"
-        raise ValueError(f"{path}: cannot be read as CSV from row {next_row} on: {what}") from None
-    last = bad.pop() if bad else None
-    if last is None or last.text != end:
-        row = next_row - 1 if last is None else _number(last)
-        raise ValueError(
-            f"{path}: row {row}: a quote is not closed, so all that stands behind it is one cell; close it"
-        )
-    for row in bad:
-        yield unreadable(_wrong_cells(row)), _number(row)
-
-
-class _Stream:
-    """Blocks as a file that Arrow reads."""
-
-    closed = False
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-
-    def read(self, size: int = -1) -> bytes:
-        """The next block; Arrow asks for no less."""
-        return next(self._blocks, b"")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def _with_end(blocks: Iterator[bytes], end: str) -> Iterator[bytes]:
-    last = next(blocks, b"")
-    for block in blocks:
-        yield last
-        last = block
-    yield last + f"\n{end}\n".encode()
-
-
-def _number(row: pa_csv.InvalidRow) -> int:
-    """From 0, where Arrow counts from 1, and the header too."""
-    return row.number - 2
-
-
-def _wrong_cells(row: pa_csv.InvalidRow) -> str:
-    shown = row.text if len(row.text) <= SHOWN else row.text[:SHOWN] + "..."
-    return (
-        f"expected {row.expected_columns} cells as the header has, got {row.actual_columns}: {shown!r}; a cell with a "
-        "comma or a line break must stand in quotes"
-    )
-
-
-def _in_utf8(batch: pa.RecordBatch, first_row: int) -> Read:
-    """The rows in runs, those `unreadable` of which a cell is not UTF-8."""
-    import pyarrow as pa
-
-    try:
-        batch.validate(full=True)
-    except pa.ArrowInvalid:
-        wrong: dict[int, str] = {}
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for index, cell in enumerate(column.cast(pa.binary()).to_pylist()):
-                try:
-                    cell.decode()
-                except UnicodeDecodeError as error:
-                    wrong.setdefault(index, f"column {name!r}: not UTF-8: {error}")
-        for is_wrong, run in groupby(range(batch.num_rows), wrong.__contains__):
-            start, *more = run
-            found = (
-                unreadable(*(wrong[row] for row in (start, *more))) if is_wrong else batch.slice(start, 1 + len(more))
-            )
-            yield found, first_row + start
-    else:
-        yield batch, first_row
-
-
-def _csv_header(path: Path) -> list[str]:
-    with _opened(path) as file:
-        text = io.TextIOWrapper(io.BytesIO(file.read(BLOCK)), encoding="utf-8-sig", errors="replace", newline="")
-        try:
-            names = next(csv.reader(text, strict=True), [])
-        except csv.Error as error:
-            raise ValueError(f"{path}: its header is no CSV: {error}") from None
-    if not names:
-        raise ValueError(f"{path}: is empty; expected a CSV file with a header")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path}: the header has the column {twice[0]!r} twice; rename one")
-    return names
 
 
 # JSON
@@ -364,7 +182,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: it is not JSON.
     """
-    data = b"".join(_blocks(path))
+    data = b"".join(read_blocks(path))
     try:
         return json.loads(data)
     except ValueError as error:
@@ -384,8 +202,8 @@ def json_batches(entries: Sequence[object]) -> Read:
 
 def _json_table(config: SourceConfig, path: Path, described: dict[str, Any]) -> Table:
     """A list of objects, or for classification a relation file: {"samples": [...], "prompt_templates": [...]}."""
-    with _opened(path) as file:
-        is_list = file.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    with opened(path) as file:
+        is_list = file.read(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
     if is_list:
         return Table(described=described, files=(path,), batches=lambda: json_batches(read_json(path)))
     relation = read_json(path)
@@ -493,7 +311,7 @@ def class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> list[
 
 
 def _per_batch(num_bytes: int, num_rows: int) -> int:
-    return max(1, BLOCK * num_rows // max(num_bytes, 1)) if num_rows else 1
+    return max(1, blocks.BLOCK * num_rows // max(num_bytes, 1)) if num_rows else 1
 
 
 _READERS: dict[str, Callable[[Path, Columns], Read]] = {
@@ -508,5 +326,3 @@ _READERS: dict[str, Callable[[Path, Columns], Read]] = {
 }
 _BINARY = {".parquet", ".arrow", ".feather"}
 _UNITS = {".jsonl": "line", ".ndjson": "line", ".json": "entry", ".txt": "entry"}
-
-__all__ = ["BLOCK", "Batches", "class_names", "expected_rows", "file_tables", "json_batches", "read_json"]

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Batches = Callable[[], Iterator[tuple["pa.RecordBatch", int]]]
-"""Reads a table from its start: record batches, each with the number of its first row."""
+Read = Iterator[tuple["pa.RecordBatch", int]]
+"""Record batches, each with the number of its first row."""
+Batches = Callable[[], Read]
+"""Reads a table from its start."""
 
 _UNREADABLE = b"ao.unreadable"
 
