@@ -272,7 +272,7 @@ def long_examples(setting: Setting, args: argparse.Namespace) -> tuple[list[dict
         rows.append(
             measure.row(
                 f"train/{setting.shape}/long_{what}", "MiB", peaks[1] / 2**20, more_is_better=False,
-                note=f"peak of a step over {lengths[1]} tokens above one of 64, {times:.2f} times that of {lengths[0]} "
+                note=f"peak of a step over {lengths[1]} tokens above the built model, {times:.2f} times that of {lengths[0]} "
                 "tokens; at most 2.2",
             )
         )  # fmt: skip

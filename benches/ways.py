@@ -239,13 +239,10 @@ class Ours(Way):
         }
 
     def long(self, what: str, tokens: int) -> dict[str, float]:
-        """Memory of a step over one long example, above that of a short one."""
-        for length in (64, tokens):
-            self.finish()
-            self.start_counting()
-            points = [long_example(self.setting, what, length)]
-            with self.learner.ready():
-                self.learner.step(self.rows(points), self.look_ahead(points), RATE)
+        """Memory of a step over one long example, above the built model's."""
+        points = [long_example(self.setting, what, tokens)]
+        with self.learner.ready():
+            self.learner.step(self.rows(points), self.look_ahead(points), RATE)
         return self.memory()
 
     def mine(self, points: Sequence[Datapoint]) -> list[Datapoint]:

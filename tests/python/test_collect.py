@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from safetensors.torch import save_file
 from ao import cli
 from ao.cache import ActivationCache, context_keys, contract_of, verify
 from ao.collect import run, sinks, wanted
+from ao.collect.handover import Handover
 from ao.collect.imported import import_tensor
 from ao.collect.missing import remaining
 from ao.collect.run import Alike, collect
+from ao.collect.sinks import Sink
 from ao.collect.wanted import Unit, Units, every_position, units_of
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.distributed import launch
@@ -345,20 +348,75 @@ def test_vectors_that_are_all_alike_are_told(
     same, other = Alike(), Alike()
     for value in (0.0, 1.0):
         same.see(torch.full((3, 4), value * 2), torch.full((3,), value * 4))
-    assert same.least == 0.0  # zeros, and then something else
+    assert same.found() == (6, 0.0)  # zeros, and then something else
     zeros = Alike()
     zeros.see(torch.zeros(3, 4), torch.zeros(3))
-    assert (zeros.rows, zeros.least) == (3, 1.0)
+    assert zeros.found() == (3, 1.0)
     rows = torch.eye(4)
     rows[0, 0] = torch.nan
     other.see(rows, rows.norm(dim=1))
-    assert (other.rows, other.least) == (3, 0.0)
+    assert other.found() == (3, 0.0)
     monkeypatch.setattr(run, "collected", dead)
     one_context = wanted.units(recipe)[0]
     with caplog.at_level(logging.WARNING):
         collect(recipe.model, [one_context], out=tmp_path / "acts")
     assert next(text for text in caplog.messages if "all alike" in text).startswith(f"layer {LAYERS[1]}:")
     assert not any(text.startswith(f"layer {LAYERS[0]}:") for text in caplog.messages)
+
+
+class Slow(Sink):
+    """Tells how many rows had been handed over when it took each, and may fail."""
+
+    def __init__(self, given: list[int], *, fails_at: int | None = None) -> None:
+        self.given, self.fails_at = given, fails_at
+        self.ahead: list[int] = []
+        self.calls: list[str] = []
+
+    def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        time.sleep(0.01)
+        if len(self.ahead) == self.fails_at:
+            raise OSError("disk full")
+        self.ahead.append(len(self.given) - len(self.ahead))
+        self.calls.append(f"append {layer} {indices.tolist()} {norms_K.tolist()} {rows_KD.tolist()}")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def abandon(self) -> None:
+        self.calls.append("abandon")
+
+
+def test_forwards_run_ahead_of_a_sink_by_so_much_and_rows_come_in_order() -> None:
+    given: list[int] = []
+    sink = Slow(given)
+    with Handover(dtype="F32", pending_bytes=3 * 4) as handover:
+        for number in range(8):
+            row = torch.full((1, 1), float(number))
+            handover.give(sink, 5, np.array([number]), row, row[0])
+            given.append(number)
+        handover.finish(sink)
+    assert sink.calls == [*(f"append 5 [{n}] [{float(n)}] [[{float(n)}]]" for n in range(8)), "finish"]
+    assert 1 <= max(sink.ahead) <= 3
+    assert handover.blocked_seconds > 0
+
+
+@pytest.mark.parametrize(("fails_at", "error"), [(1, OSError), (None, KeyError)])
+def test_a_sink_that_lacks_rows_never_finishes(fails_at: int | None, error: type[Exception]) -> None:
+    """Whether its own rows fail, or what comes while they are under way."""
+    sink = Slow([], fails_at=fails_at)
+
+    def hand_over() -> None:
+        with Handover(dtype="F32") as handover:
+            for number in range(4):
+                handover.give(sink, 5, np.array([number]), torch.ones(1, 1), torch.ones(1))
+            if fails_at is None:
+                raise KeyError("the next forward")
+            handover.finish(sink)
+
+    with pytest.raises(error):
+        hand_over()
+    assert sink.calls[-1] == "abandon"
+    assert "finish" not in sink.calls
 
 
 def test_values_beyond_half_precision_are_refused(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ao.cache import contract_of
+from ao.collect.handover import Handover
 from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining
 from ao.collect.sinks import DTYPES, CacheSink, PlainSink, Sink, finish_cache
 from ao.collect.wanted import Unit
@@ -104,7 +105,7 @@ def collect(
                 unit_scale=True,
                 disable=not (progress and here.first),
             )
-            with wearing, bar:
+            with wearing, bar, Handover(dtype=dtype) as handover:
                 for number in todo:
                     unit = left.units[number]
                     kind = PlainSink if plain else CacheSink
@@ -112,8 +113,9 @@ def collect(
                     rows = collected(
                         target, arch, unit.contexts, unit.wanted, tokens_per_row=tokens_per_row, progress=bar.update
                     )
-                    write(rows, sink, tally, dtype=dtype)
+                    hand_over(rows, sink, handover, tally)
                     tally.tokens += unit.num_tokens
+            tally.writer_seconds = handover.blocked_seconds
             tally.collect_seconds = time.perf_counter() - collecting
         tally.warn()
         record: dict[str, Any] = {"run": run, "units": len(units), **_together(tally, here)}
@@ -135,81 +137,67 @@ class Tally:
     collect_seconds: float = 0.0
     """From the first forward to the last byte."""
     writer_seconds: float = 0.0
-    """Those of them spent in sinks."""
+    """Those of them in which forwards waited for sinks."""
     alike: dict[int, Alike] = field(default_factory=dict)
     """By layer."""
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Charge what is done meanwhile to the writer."""
-        clock = time.perf_counter()
-        yield
-        self.writer_seconds += time.perf_counter() - clock
 
     def warn(self) -> None:
         """Tell of layers whose vectors are all alike."""
         for layer, seen in sorted(self.alike.items()):
-            if seen.rows > 1 and seen.least > ALIKE:
+            rows, least = seen.found()
+            if rows > 1 and least > ALIKE:
                 log.warning(
                     "layer %d: its %d rows are all alike (least cosine %.6f); the target gives the same vector whatever it "
                     "reads, so nothing can be learnt from it",
-                    layer, seen.rows, seen.least,
+                    layer, rows, least,
                 )  # fmt: skip
 
 
-def write(rows: Iterable[tuple[int, np.ndarray, torch.Tensor]], sink: Sink, tally: Tally, *, dtype: str) -> None:
-    """Put what `ao.residuals.collected` gives of a unit into a sink.
-
-    Raises:
-        ValueError: a value does not fit the type; the sink keeps nothing then, as after any other error.
-    """
-    try:
-        for layer, indices, resid_KD in rows:
-            norms_K = resid_KD.float().norm(dim=1)
-            tally.alike.setdefault(layer, Alike()).see(resid_KD, norms_K)  # waits for the device, on nobody's account
-            rows_KD = _cast(resid_KD, dtype, layer)
-            with tally.writing():
-                sink.append(layer, indices, norms_K.cpu(), rows_KD.cpu())
-            tally.rows += len(indices)
-        with tally.writing():
-            sink.finish()
-    except BaseException:
-        sink.abandon()
-        raise
-
-
-def _cast(resid_KD: torch.Tensor, dtype: str, layer: int) -> torch.Tensor:
-    rows_KD = resid_KD.to(DTYPES[dtype]).contiguous()
-    if dtype == "F16" and (lost := resid_KD[rows_KD.isinf() & resid_KD.isfinite()]).numel():
-        raise ValueError(
-            f"layer {layer}: values up to {lost.abs().max().item():.0f} do not fit F16, whose greatest is 65504; use "
-            "BF16 or F32"
-        )
-    return rows_KD
+def hand_over(
+    rows: Iterable[tuple[int, np.ndarray, torch.Tensor]], sink: Sink, handover: Handover, tally: Tally
+) -> None:
+    """Hand what `ao.residuals.collected` gives of a unit to its sink, which finishes behind it."""
+    for layer, indices, resid_KD in rows:
+        norms_K = resid_KD.float().norm(dim=1)
+        tally.alike.setdefault(layer, Alike()).see(resid_KD, norms_K)
+        handover.give(sink, layer, indices, resid_KD, norms_K)
+        tally.rows += len(indices)
+    handover.finish(sink)
 
 
 class Alike:
-    """Whether the vectors of a layer are all alike; those of which some value is not finite are not looked at."""
+    """Whether the vectors of a layer are all alike; those of which some value is not finite are not looked at.
+
+    All is kept where the vectors are, so that seeing more of them waits for nothing.
+    """
 
     def __init__(self) -> None:
-        self.first: torch.Tensor | None = None
-        self.rows = 0
-        self.least = 1.0
+        self._first: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        self._least: torch.Tensor | None = None
 
     def see(self, resid_KD: torch.Tensor, norms_K: torch.Tensor) -> None:
         """Compare vectors [K, D] of these norms [K] with the first one of the layer."""
-        fine = norms_K.isfinite()
-        if not fine.any():
+        if not len(resid_KD):
             return
-        unit_KD = resid_KD[fine].float() / norms_K[fine].clamp_min(1e-12)[:, None]
-        if self.first is None:
-            self.first = unit_KD[0].clone()
-        self.rows += len(unit_KD)
+        fine_K = norms_K.isfinite()
+        unit_KD = torch.where(fine_K[:, None], resid_KD.float() / norms_K.clamp_min(1e-12)[:, None], 0)
+        first_D = unit_KD.index_select(0, fine_K.byte().argmax().view(1))[0]
+        if self._first is None or self._rows is None or self._least is None:
+            self._first, self._rows, self._least = first_D, fine_K.sum(), norms_K.new_ones(())
+        else:
+            self._first = torch.where(self._rows > 0, self._first, first_D)
+            self._rows = self._rows + fine_K.sum()
         # Zero vectors have no direction, but they are alike.
-        cosines_K = (unit_KD @ self.first).where(
-            (unit_KD != 0).any(dim=1) | (self.first != 0).any(), torch.ones(()).to(unit_KD)
-        )
-        self.least = min(self.least, cosines_K.min().item())
+        is_some_K = (unit_KD != 0).any(dim=1) | (self._first != 0).any()
+        cosines_K = torch.where(fine_K & is_some_K, unit_KD @ self._first, 1)
+        self._least = torch.minimum(self._least, cosines_K.min())
+
+    def found(self) -> tuple[int, float]:
+        """How many vectors were compared, and their least cosine with the first."""
+        if self._rows is None or self._least is None:
+            return 0, 1.0
+        return int(self._rows.item()), self._least.item()
 
 
 def _together(tally: Tally, here: Ranks) -> dict[str, Any]:
@@ -235,7 +223,7 @@ def summary_text(out: str | Path, record: Mapping[str, Any]) -> str:
         share = record["writer_seconds"] / record["collect_seconds"]
         lines = [
             f"{out}: {record['rows']:,} rows of {record['tokens']:,} context tokens, {record['seconds']:.1f} s, "
-            f"{record['tokens_per_second']:,.0f} tokens/s, writing took {share:.1%} of it"
+            f"{record['tokens_per_second']:,.0f} tokens/s, waiting for the disk took {share:.1%} of it"
         ]
     for layer, of in record.get("layers", {}).items():
         norms = f"norms {of['mean']:.4g}, median {of['quantiles']['0.5']:.4g}" if "mean" in of else "none finite"

@@ -89,9 +89,9 @@ class PlainSink(Sink):
         self._empty = torch.empty(0, width, dtype=DTYPES[dtype])
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
-        """Keep rows in memory."""
+        """Keep a copy of rows."""
         self._indices.append(indices)
-        self._rows.append(rows_KD)
+        self._rows.append(rows_KD.clone())
 
     def finish(self) -> None:
         """Write the file."""
