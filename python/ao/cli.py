@@ -271,8 +271,14 @@ class Demo:
     """Keys what is held out, the data, the adapter's start and the report."""
     out: Path = Path("runs/demo")
     """Folder of everything the demo leaves."""
+    size: Literal["tiny", "large"] = "tiny"
+    """tiny: the target embedded in the package; large: one of 130 M parameters, first trained into OUT/target, on a GPU."""
+    device: str = "auto"
+    """"auto" (the CPU for tiny, a GPU for large), "cpu", "cuda" or "cuda:N"."""
+    precision: Literal["nf4", "nf4-dequantized", "bf16", "fp32"] | None = None
+    """How the frozen weights are held; fp32 on a CPU and nf4 on a GPU without it."""
     rebuild_target: bool = False
-    """Train the embedded target again from nothing, into OUT/target, and use that one."""
+    """Train the target again from nothing, into OUT/target, and use that one."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -621,7 +627,15 @@ def _push(command: Push) -> dict[str, Any]:
 def _demo(command: Demo) -> dict[str, Any]:
     from ao.demo.run import demo
 
-    return demo(seed=command.seed, out=command.out, rebuild_target=command.rebuild_target, quiet=command.json)
+    return demo(
+        seed=command.seed,
+        out=command.out,
+        size=command.size,
+        device=command.device,
+        precision=command.precision,
+        rebuild_target=command.rebuild_target,
+        quiet=command.json,
+    )
 
 
 def _layer(text: str | None, *, flag: str = "--layer") -> Any:

@@ -14,8 +14,11 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM  # noqa: E402
 
 from ao.demo import lessons, target, world  # noqa: E402
+from ao.demo.run import demo  # noqa: E402
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerFast
 
 CHAT = [
@@ -53,6 +56,21 @@ def test_it_is_small() -> None:
     assert (target.MODEL_DIR / "model.safetensors").stat().st_size <= 4_000_000
 
 
+def test_the_large_one_is_the_same_in_large(tokenizer: PreTrainedTokenizerFast) -> None:
+    with torch.device("meta"):
+        large = Gemma4ForCausalLM(target.build_config(tokenizer, target.SIZES["large"]))
+        tiny = Gemma4ForCausalLM(target.build_config(tokenizer, target.SIZES["tiny"]))
+    assert sum(weight.numel() for weight in large.parameters()) >= 100e6
+    assert [name for name, _ in large.named_parameters()] == [name for name, _ in tiny.named_parameters()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_large_demo_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hours on a CPU; use a GPU"):
+        demo(seed=0, out=tmp_path / "demo", size="large")
+    assert not (tmp_path / "demo").exists()
+
+
 def test_every_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = {text for document in islice(lessons.documents(9), 2000) for text, _ in document}
     used = {word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)}
@@ -79,8 +97,9 @@ def test_only_the_generation_prompt_has_an_empty_thought(tokenizer: PreTrainedTo
 def test_a_rebuild_repeats_the_first_losses_of_the_record() -> None:
     record = json.loads((target.MODEL_DIR / "training.json").read_text())
     tokenizer = target.build_tokenizer()
-    model = target.build_model(target.build_config(tokenizer), seed=record["seed"])
-    losses = list(target.train(model, tokenizer, steps=10, seed=record["seed"], progress=False))
+    tiny = target.SIZES["tiny"]
+    model = target.build_model(target.build_config(tokenizer, tiny), seed=record["seed"])
+    losses = list(target.train(model, tokenizer, tiny, steps=10, seed=record["seed"], progress=False))
     assert losses == pytest.approx(record["first_losses"][:10], rel=1e-3)
 
 

@@ -10,31 +10,58 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ao.config import Recipe, parse_recipe, to_toml
 from ao.demo import world
 from ao.manifest import write_atomic
 
 RECIPE = Path(__file__).with_name("demo.toml")
+ON_A_GPU: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    # Rates fall with the width; rows that keep a GPU busy.
+    "large": {"learning_rate": 1e-3, "tokens_per_row": 4096, "context_tokens_per_row": 8192},
+}
+"""What of the recipe's training is another for a size."""
 
 
-def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = False) -> dict[str, Any]:
+def demo(
+    *,
+    seed: int,
+    out: Path,
+    size: Literal["tiny", "large"] = "tiny",
+    device: str = "auto",
+    precision: str | None = None,
+    rebuild_target: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Write the demo world, pack, train, score and ask; leave everything in a folder.
 
     Args:
         seed: decides what is held out, the data, the adapter's start, the data order and the resampling.
-        out: the folder; what an earlier demo left there is replaced.
+        out: the folder; what an earlier demo left there is replaced, but for a large target.
+        size: tiny, the embedded target, or large, one of 130 M parameters that is first trained into OUT/target.
+        device: where all of it runs; "auto" is the CPU for tiny, and a GPU, without which it would take hours, for large.
+        precision: of the frozen weights, fp32 on a CPU and nf4 on a GPU without it.
         rebuild_target: train the target again into OUT/target and use that one.
         quiet: print nothing on stdout; progress goes to stderr either way.
 
     Returns:
         The report, as in report.json.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        ValueError: a large target was asked for where there is no GPU.
     """
     import torch
 
     from ao.memory import PeakMemory
+    from ao.models.load import resolve_device
 
+    on = torch.device("cpu") if size == "tiny" and device == "auto" else resolve_device(device)
+    if size == "large" and on.type == "cpu":
+        raise ValueError("--size large trains 130 M parameters from nothing, hours on a CPU; use a GPU: --device cuda")
+    model = {"device": str(on), "precision": precision or ("fp32" if on.type == "cpu" else "nf4")}
     if out.exists() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
         raise FileExistsError(f"{out} holds files, but no recipe.toml of an earlier demo; choose another --out")
     _quiet_libraries()
@@ -43,9 +70,9 @@ def demo(*, seed: int, out: Path, rebuild_target: bool = False, quiet: bool = Fa
     seconds: dict[str, float] = {}
     with PeakMemory() as memory:
         with stage(seconds, "target"):
-            target = _target(out, rebuild_target)
+            model["name"] = _target(out, size, str(on), rebuild=rebuild_target)
         with stage(seconds, "pack"):
-            recipe = _prepare(out, seed, target)
+            recipe = _prepare(out, seed, model, {} if on.type == "cpu" else ON_A_GPU[size])
         with stage(seconds, "train"):
             _train(recipe, out)
         report, answers = _score_and_ask(recipe, out, seconds, memory)
@@ -78,23 +105,30 @@ def _quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def _target(out: Path, rebuild: bool) -> str:
-    if not rebuild:
+def _target(out: Path, size: str, device: str, *, rebuild: bool) -> str:
+    if size == "tiny" and not rebuild:
         return "demo"
     from ao.demo.target import rebuild as rebuild_target
 
-    rebuild_target(out / "target", seed=0)
-    return str(out / "target")
+    folder = out / "target"
+    record = folder / "training.json"
+    if rebuild or not record.is_file() or json.loads(record.read_text(encoding="utf-8")).get("size") != size:
+        # So that a demo that is stopped here is known as one.
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "recipe.toml", RECIPE.read_bytes())
+        rebuild_target(folder, size=size, seed=0, device=device)
+    return str(folder)
 
 
-def _prepare(out: Path, seed: int, target: str) -> Recipe:
+def _prepare(out: Path, seed: int, model: dict[str, Any], train: dict[str, Any]) -> Recipe:
     """Write the world's files and the resolved recipe, and pack."""
     import shutil
 
     from ao.pack import pack
 
     values = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
-    values["model"]["name"] = target
+    values["model"] |= model
+    values["train"] |= train
     for part, folder in (("data", out / "packed"), ("train", out / "adapter"), ("eval", out)):
         values[part] |= {"seed": seed, "out": str(folder)}
     recipe = parse_recipe(values, origin=str(RECIPE))
@@ -108,9 +142,12 @@ def _prepare(out: Path, seed: int, target: str) -> Recipe:
 
 
 def _train(recipe: Recipe, out: Path) -> None:
-    """Two processes of one thread each are twice as fast as one of two threads at this size, where there are two cores."""
+    """On a CPU, where there are two cores, two processes of one thread each are twice as fast as one of two threads."""
     from ao.distributed import launch
 
+    if recipe.model.device != "cpu":
+        train_rank(recipe, out / "packed", out / "adapter")
+        return
     processes = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if processes == 1:
         train_rank(recipe, out / "packed", out / "adapter")
@@ -126,7 +163,8 @@ def _score_and_ask(
     from ao.eval.run import evaluate
     from ao.plots import gain_chart
 
-    oracle = Oracle.from_pretrained(recipe.model.name, out / "adapter", precision="fp32", device="cpu")
+    model = recipe.model
+    oracle = Oracle.from_pretrained(model.name, out / "adapter", precision=model.precision, device=model.device)
     report = evaluate(oracle, recipe, root=out, out=out, progress=True, seconds=seconds)
     started = time.perf_counter()
     answers = ask_three(oracle, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,8 +48,6 @@ TEMPLATE = """\
 """
 
 SOFT_CAP = 30.0
-STEPS = 5000
-TOKENS_PER_STEP = 1200
 LEARNING_RATE = 5e-3
 WARMUP = 50
 FIRST_LOSSES = 20
@@ -59,7 +58,36 @@ POOL = 64
 """Steps whose documents are sorted by length together, so that a batch holds little padding."""
 
 
-def rebuild(out_dir: Path, *, seed: int = 0, progress: bool = True) -> dict[str, object]:
+@dataclass(frozen=True)
+class Size:
+    """Widths of a target, and how long it learns."""
+
+    hidden: int
+    mlp: int
+    heads: int
+    key_value_heads: int
+    head: int
+    """Width of a head in sliding layers."""
+    full_head: int
+    """Width of a head in full layers."""
+    steps: int
+    tokens_per_step: int
+
+
+SIZES = {
+    "tiny": Size(
+        hidden=96, mlp=192, heads=4, key_value_heads=2, head=24, full_head=32, steps=5000, tokens_per_step=1200
+    ),
+    "large": Size(
+        hidden=1024, mlp=6144, heads=16, key_value_heads=8, head=64, full_head=128, steps=3000, tokens_per_step=4800
+    ),
+}
+"""tiny is the embedded one; large (130 M parameters) is trained on a GPU in minutes."""
+
+
+def rebuild(
+    out_dir: Path, *, size: str = "tiny", seed: int = 0, device: str = "cpu", progress: bool = True
+) -> dict[str, object]:
     """Trains the target from nothing and writes its Hugging Face folder with `training.json`, the record of the training.
 
     Files appear under their names only when all of them are complete. The record holds the seed, the first losses one by
@@ -67,20 +95,25 @@ def rebuild(out_dir: Path, *, seed: int = 0, progress: bool = True) -> dict[str,
 
     Args:
         out_dir: the folder; files of an earlier target are replaced.
+        size: one of `SIZES`.
         seed: of the initial weights and of the documents; the world and the tokenizer do not depend on it.
+        device: where it learns.
         progress: show a bar.
 
     Returns the record.
     """
     start = time.perf_counter()
+    shape = SIZES[size]
     tokenizer = build_tokenizer()
-    model = build_model(build_config(tokenizer), seed=seed)
-    losses = list(train(model, tokenizer, steps=STEPS, seed=seed, progress=progress))
+    model = build_model(build_config(tokenizer, shape), seed=seed)
+    nn.Module.to(model, torch.device(device))
+    losses = list(train(model, tokenizer, shape, steps=shape.steps, seed=seed, progress=progress))
     model.bfloat16()
-    windows = [losses[i : i + LOSS_WINDOW] for i in range(0, STEPS, LOSS_WINDOW)]
+    windows = [losses[i : i + LOSS_WINDOW] for i in range(0, shape.steps, LOSS_WINDOW)]
     record = {
+        "size": size,
         "seed": seed,
-        "steps": STEPS,
+        "steps": shape.steps,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "first_losses": [round(loss, 6) for loss in losses[:FIRST_LOSSES]],
         "loss_window": LOSS_WINDOW,
@@ -121,7 +154,8 @@ def score(
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        guesses = model(input_ids=ids, use_cache=False).logits[torch.arange(len(part)), last].argmax(-1)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        guesses = logits[torch.arange(len(part)), last].argmax(-1)
         for (kind, _, answers), guess in zip(part, guesses.tolist(), strict=True):
             hits.setdefault(kind, []).append(tokenizer.decode(guess) in answers)
     return {kind: round(sum(right) / len(right), 4) for kind, right in sorted(hits.items())}
@@ -168,17 +202,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Gemma4TextConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> Gemma4TextConfig:
     """The 31B's structure in small; full layers have wider heads, whose keys are also the values."""
-    full_layers: dict[str, Any] = {"global_head_dim": 32, "num_global_key_value_heads": 2}
+    full_layers: dict[str, Any] = {
+        "global_head_dim": size.full_head,
+        "num_global_key_value_heads": size.key_value_heads,
+    }
     return Gemma4TextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
         num_hidden_layers=lessons.NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        head_dim=size.head,
         **full_layers,
         attention_k_eq_v=True,
         layer_types=["sliding_attention", "full_attention"] * (lessons.NUM_LAYERS // 2),
@@ -223,12 +260,12 @@ def _use_fused_norms(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless right-padded batches of about TOKENS_PER_STEP tokens: ids [B, T] and the loss weight of each token [B, T]."""
+def batches(tokenizer: PreTrainedTokenizerFast, *, tokens_per_step: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless right-padded batches of about so many tokens: ids [B, T] and the loss weight of each token [B, T]."""
     documents = lessons.documents(seed)
     generator = torch.Generator().manual_seed(seed)
     while True:
-        pool = list(islice(documents, POOL * TOKENS_PER_STEP // 48))
+        pool = list(islice(documents, POOL * tokens_per_step // 48))
         texts = [text for document in pool for text, _ in document]
         encoded = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         rows = []
@@ -239,7 +276,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[tuple[
         rows.sort(key=lambda row: len(row[0]))
         groups: list[list[tuple[list[int], list[float]]]] = [[]]
         for row in rows:
-            if groups[-1] and (len(groups[-1]) + 1) * len(row[0]) > TOKENS_PER_STEP:
+            if groups[-1] and (len(groups[-1]) + 1) * len(row[0]) > tokens_per_step:
                 groups.append([])
             groups[-1].append(row)
         for index in torch.randperm(len(groups), generator=generator).tolist():
@@ -263,22 +300,40 @@ def loss_of(model: Gemma4ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def train(
-    model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int, progress: bool
+    model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerFast, size: Size, *, steps: int, seed: int, progress: bool
 ) -> Iterator[float]:
     """Trains in place; yields the loss of each step."""
     _use_fused_norms(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        _by_rate(model, size), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 1.0, 2.0 * (STEPS - step) / STEPS)
+        optimizer, lambda step: min((step + 1) / WARMUP, 1.0, 2.0 * (size.steps - step) / size.steps)
     )
-    stream = batches(tokenizer, seed=seed)
-    for _ in tqdm(range(steps), desc="target", disable=not progress):
-        loss = loss_of(model, *next(stream))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item()
+    stream = batches(tokenizer, tokens_per_step=size.tokens_per_step, seed=seed)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if model.device.type == "cuda" else before)
+    try:
+        for _ in tqdm(range(steps), desc="target", disable=not progress):
+            ids, weights = (each.to(model.device, non_blocking=True) for each in next(stream))
+            loss = loss_of(model, ids, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            yield loss.item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _by_rate(model: Gemma4ForCausalLM, size: Size) -> list[dict[str, Any]]:
+    """Parameters with their rates: a matrix's falls with the width that it reads, as arXiv 2203.03466 has it for Adam, so
+    that the rate found for the tiny target holds for others."""
+    times = SIZES["tiny"].hidden / size.hidden
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed_tokens" not in name]
+    tables = [weight for name, weight in model.named_parameters() if "embed_tokens" in name]
+    others = [weight for weight in model.parameters() if weight.ndim != 2]
+    # The tied table is both: its values are as large as 1 / sqrt(width), and so are their steps.
+    rates = ((matrices, times), (tables, times**0.5), (others, 1.0))
+    return [{"params": weights, "lr": LEARNING_RATE * factor} for weights, factor in rates]
