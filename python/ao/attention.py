@@ -172,12 +172,9 @@ def _varlen(
     elif scaling is not None:
         # Fixed at 1/sqrt(E) there.
         query = query * (scaling * query.shape[-1] ** 0.5)
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in options:
-            arguments["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # The kernel takes grouped heads as they are; only later versions want to be told.
+    if "enable_gqa" in options:
+        arguments["enable_gqa"] = key.shape[1] != query.shape[1]
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     bounds, longest = documents.bounds, documents.longest
     output: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **arguments)

@@ -61,6 +61,9 @@ def ranks(device: torch.device, *, patient: bool = False) -> Iterator[Ranks]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
+        if device.type == "cuda" and device.index is None:
+            # Some of torch's questions about memory want to know which one.
+            device = torch.device("cuda", torch.cuda.current_device())
         yield Ranks(rank=0, world=1, device=device)
         return
     threads = torch.get_num_threads()

@@ -67,19 +67,17 @@ class Handover:
         """
         rows_KD = resid_KD.to(DTYPES[self._dtype])
         # Found where the rows are, told where they are taken: asking here would wait for the device.
-        lost = (
-            torch.where(rows_KD.isinf() & resid_KD.isfinite(), resid_KD.abs(), 0).max()
-            if self._dtype == "F16"
-            else None
-        )
+        lost = resid_KD.new_zeros(())
+        if self._dtype == "F16":
+            lost = torch.where(rows_KD.isinf() & resid_KD.isfinite(), resid_KD.abs(), 0).max()
         num_bytes = rows_KD.numel() * rows_KD.element_size()
         self._begin(sink)
         self._wait(until=self._pending_bytes - num_bytes)
-        here = [_in_cpu_memory(tensor) for tensor in (norms_K, rows_KD, lost)]
+        here = _in_cpu_memory(norms_K), _in_cpu_memory(rows_KD), _in_cpu_memory(lost)
 
         def take() -> None:
             norms_K, rows_KD, lost = here
-            if lost is not None and lost > 0:
+            if lost > 0:
                 raise ValueError(
                     f"layer {layer}: values up to {lost.item():.0f} do not fit F16, whose greatest is 65504; use BF16 or F32"
                 )
@@ -132,8 +130,8 @@ class Handover:
             self.blocked_seconds += time.perf_counter() - started
 
 
-def _in_cpu_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _in_cpu_memory(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy that is on its way, into pinned memory, where it is not there yet."""
-    if tensor is None or tensor.device.type != "cuda":
-        return None if tensor is None else tensor.cpu().contiguous()
+    if tensor.device.type != "cuda":
+        return tensor.cpu().contiguous()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

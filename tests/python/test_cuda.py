@@ -1,0 +1,101 @@
+"""What runs only on a GPU: ragged attention, copies beside the forwards, training by device name. Skipped without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ao.attention import VARLEN_HEAD, Documents, document_attention
+from ao.cache import ActivationCache
+from ao.collect import wanted
+from ao.collect.run import collect
+from ao.config import Recipe, parse_recipe
+from ao.pack import pack
+from ao.train import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LENGTHS = (5, 130, 1, 64, 37)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Records of the embedded target, packed, on "cuda"."""
+    root = tmp_path_factory.mktemp("cuda")
+    lines = [
+        f'{{"id": "{number}", "context": "The {word} is red.", "question": "What is it?", "answer": "{word}"}}'
+        for number, word in enumerate(("drum", "key", "flute", "coat") * 4)
+    ]
+    (root / "records.jsonl").write_text("\n".join(lines))
+    values = {
+        "model": {"name": "demo", "precision": "bf16", "device": "cuda"},
+        "data": {
+            "out": str(root / "packed"),
+            "read_depths": [0.25, 0.5],
+            "sources": [{"name": "r", "kind": "records", "path": "records.jsonl"}],
+        },
+        "train": {"out": str(root / "adapter"), "steps": 3, "examples_per_step": 8, "rank": 4},
+    }
+    recipe = parse_recipe(values, origin="test")
+    pack(recipe, root=root, out=root / "packed")
+    return recipe
+
+
+def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Attention of each document by itself, in float32, with every score held."""
+    outputs, start = [], 0
+    groups = query.shape[1] // key.shape[1]
+    for length in LENGTHS:
+        q, k, v = (states[0, :, start : start + length].float() for states in (query, key, value))
+        scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * q.shape[-1] ** -0.5
+        index = torch.arange(length, device=q.device)
+        distance = index[:, None] - index[None, :]
+        seen = (distance >= 0) & (distance < (length if window is None else window))
+        scores = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append((scores @ v.repeat_interleave(groups, 0)).transpose(0, 1))
+        start += length
+    return torch.cat(outputs)[None]
+
+
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("width", [64, VARLEN_HEAD, 512])
+def test_attention_equals_that_of_each_document_alone(width: int, kv_heads: int, window: int | None) -> None:
+    """Output and gradients, in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(1, heads, sum(LENGTHS), width) for heads in (4, kv_heads, kv_heads)]
+    states = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    documents = Documents.of(LENGTHS, torch.device("cuda"))
+    module: nn.Module = SimpleNamespace(is_causal=True)  # type: ignore[assignment]
+    ours, _ = document_attention(module, *states, None, sliding_window=window, documents=documents)
+    weights = torch.randn_like(ours, dtype=torch.float32)
+    gradients = torch.autograd.grad((ours.float() * weights).sum(), states)
+    plain = one_by_one(*states, window)
+    expected = torch.autograd.grad((plain * weights).sum(), states)
+    torch.testing.assert_close(ours.float(), plain, atol=2e-2, rtol=2e-2)
+    for mine, its in zip(gradients, expected, strict=True):
+        gap = (mine.float() - its.float()).norm() / its.float().norm()
+        assert gap < 1e-2, gap
+
+
+def test_a_cache_is_that_of_the_cpu(recipe: Recipe, tmp_path: Path) -> None:
+    for device in ("cuda", "cpu"):
+        model = replace(recipe.model, device=device)
+        collect(model, wanted.units(recipe), out=tmp_path / device)
+    on_gpu, on_cpu = (ActivationCache.open(tmp_path / device) for device in ("cuda", "cpu"))
+    assert on_gpu.layers == on_cpu.layers
+    for layer in on_cpu.layers:
+        np.testing.assert_allclose(on_gpu.layer(layer).norms, on_cpu.layer(layer).norms, rtol=3e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4", "nf4-dequantized"])
+def test_training_takes_a_device_without_a_number(recipe: Recipe, tmp_path: Path, precision: str) -> None:
+    chosen = replace(recipe, model=replace(recipe.model, precision=precision))
+    record = train(chosen, data=recipe.data.out, out=tmp_path / "adapter")
+    assert np.isfinite(record["losses"]).all()
