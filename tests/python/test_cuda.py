@@ -94,6 +94,7 @@ def test_a_cache_is_that_of_the_cpu(recipe: Recipe, tmp_path: Path) -> None:
         np.testing.assert_allclose(on_gpu.layer(layer).norms, on_cpu.layer(layer).norms, rtol=3e-2)
 
 
+@pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned")  # of the tiny target, in 4 bits
 @pytest.mark.parametrize("precision", ["bf16", "nf4", "nf4-dequantized"])
 def test_training_takes_a_device_without_a_number(recipe: Recipe, tmp_path: Path, precision: str) -> None:
     chosen = replace(recipe, model=replace(recipe.model, precision=precision))
