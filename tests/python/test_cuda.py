@@ -70,13 +70,13 @@ def test_attention_equals_that_of_each_document_alone(width: int, kv_heads: int,
     """Output and gradients, in bfloat16."""
     torch.manual_seed(0)
     shapes = [(1, heads, sum(LENGTHS), width) for heads in (4, kv_heads, kv_heads)]
-    states = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    query, key, value = states = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
     documents = Documents.of(LENGTHS, torch.device("cuda"))
     module: nn.Module = SimpleNamespace(is_causal=True)  # type: ignore[assignment]
-    ours, _ = document_attention(module, *states, None, sliding_window=window, documents=documents)
+    ours, _ = document_attention(module, query, key, value, None, sliding_window=window, documents=documents)
     weights = torch.randn_like(ours, dtype=torch.float32)
     gradients = torch.autograd.grad((ours.float() * weights).sum(), states)
-    plain = one_by_one(*states, window)
+    plain = one_by_one(query, key, value, window)
     expected = torch.autograd.grad((plain * weights).sum(), states)
     torch.testing.assert_close(ours.float(), plain, atol=2e-2, rtol=2e-2)
     for mine, its in zip(gradients, expected, strict=True):
