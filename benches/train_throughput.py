@@ -58,7 +58,7 @@ def main() -> None:
         "--ranks", type=int, default=1, help="processes of ours, each with a device or a share of cores"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a CPU; all cores")
-    parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that a process may take")
+    parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that a process of ours may take")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument("--only", choices=("all", "time", "long"), default="all", help="part of the measurements")
     args = parser.parse_args()

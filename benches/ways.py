@@ -61,7 +61,7 @@ def serve(way: str, setting: Setting) -> None:
             print(json.dumps(what), file=answers, flush=True)
 
     with ranks(torch.device("cuda:0" if torch.cuda.is_available() else "cpu")) as here:
-        if here.device.type == "cuda" and setting.cap is not None:
+        if way == "ours" and here.device.type == "cuda" and setting.cap is not None:
             share = setting.cap * 2**30 / torch.cuda.get_device_properties(here.device).total_memory
             torch.cuda.set_per_process_memory_fraction(share, here.device)
         made = (Ours if way == "ours" else Card)(setting, here)
