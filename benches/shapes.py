@@ -109,7 +109,7 @@ def random_like(parameter: torch.Tensor, dtype: torch.dtype, device: torch.devic
     """A matrix that keeps variances as they are; gains of one."""
     if parameter.ndim == 1:
         return torch.ones(parameter.shape, dtype=dtype, device=device)
-    return torch.randn(parameter.shape, dtype=dtype, device=device) * parameter.shape[-1] ** -0.5
+    return torch.randn(parameter.shape, dtype=dtype, device=device).mul_(parameter.shape[-1] ** -0.5)
 
 
 def four_bit(weight: torch.Tensor) -> nn.Module:

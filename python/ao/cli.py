@@ -272,7 +272,7 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder of everything the demo leaves."""
     size: Literal["tiny", "large"] = "tiny"
-    """tiny: the target embedded in the package; large: one of 130 M parameters, first trained into OUT/target, on a GPU."""
+    """tiny: the target embedded in the package; large: one of 140 M parameters, first trained into OUT/target, on a GPU."""
     device: str = "auto"
     """"auto" (the CPU for tiny, a GPU for large), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["nf4", "nf4-dequantized", "bf16", "fp32"] | None = None

@@ -40,7 +40,7 @@ def demo(
     Args:
         seed: decides what is held out, the data, the adapter's start, the data order and the resampling.
         out: the folder; what an earlier demo left there is replaced, but for a large target.
-        size: tiny, the embedded target, or large, one of 130 M parameters that is first trained into OUT/target.
+        size: tiny, the embedded target, or large, one of 140 M parameters that is first trained into OUT/target.
         device: where all of it runs; "auto" is the CPU for tiny, and a GPU, without which it would take hours, for large.
         precision: of the frozen weights, fp32 on a CPU and nf4 on a GPU without it.
         rebuild_target: train the target again into OUT/target and use that one.
@@ -60,7 +60,7 @@ def demo(
 
     on = torch.device("cpu") if size == "tiny" and device == "auto" else resolve_device(device)
     if size == "large" and on.type == "cpu":
-        raise ValueError("--size large trains 130 M parameters from nothing, hours on a CPU; use a GPU: --device cuda")
+        raise ValueError("--size large trains 140 M parameters from nothing, hours on a CPU; use a GPU: --device cuda")
     model = {"device": str(on), "precision": precision or ("fp32" if on.type == "cpu" else "nf4")}
     if out.exists() and any(out.iterdir()) and not (out / "recipe.toml").is_file():
         raise FileExistsError(f"{out} holds files, but no recipe.toml of an earlier demo; choose another --out")

@@ -82,7 +82,7 @@ SIZES = {
         hidden=1024, mlp=6144, heads=16, key_value_heads=8, head=64, full_head=128, steps=3000, tokens_per_step=4800
     ),
 }
-"""tiny is the embedded one; large (130 M parameters) is trained on a GPU in minutes."""
+"""tiny is the embedded one; large (140 M parameters) is trained on a GPU in minutes."""
 
 
 def rebuild(
