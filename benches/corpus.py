@@ -21,6 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ao.user_cache import user_cache
+
 VERSION = 1
 """Part of every name in the cache; a change of what is made here needs another one."""
 TEMPLATES = Path(__file__).parents[1] / "tests" / "python" / "templates"
@@ -35,8 +37,7 @@ QUESTIONS_PER_STIMULUS = 4
 
 def cache_folder() -> Path:
     """Where the benches keep what they made."""
-    root = os.environ.get("AO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ao"
-    folder = Path(root) / "bench"
+    folder = user_cache() / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -30,6 +30,8 @@ class Ranks:
     """Number of processes."""
     device: torch.device
     """The device this process works on."""
+    local: int = 0
+    """Index of this process on its machine."""
 
     @property
     def first(self) -> bool:
@@ -75,7 +77,8 @@ def ranks(device: torch.device, *, patient: bool = False) -> Iterator[Ranks]:
     in_step = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group("gloo" if patient else in_step, timeout=PATIENCE if patient else None)
     try:
-        yield Ranks(rank=dist.get_rank(), world=world, device=device)
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        yield Ranks(rank=dist.get_rank(), world=world, device=device, local=local)
     finally:
         dist.destroy_process_group()
         torch.set_num_threads(threads)

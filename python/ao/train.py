@@ -33,7 +33,8 @@ from ao.distributed import Ranks, ranks
 from ao.manifest import read_manifest, write_atomic
 from ao.models import arch as archs
 from ao.models.adapters import save_adapter
-from ao.models.load import fuse_norms, load_model, resolve_device
+from ao.models.load import fuse_norms, resolve_device
+from ao.models.replica import load_replica
 from ao.plan import Plan, PlanSettings
 from ao.prompt import fingerprints, framer
 from ao.selftest import check_model
@@ -304,8 +305,8 @@ def windows(
 def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The base and the target, which may be one model, checked on a few contexts."""
     placed = replace(recipe.model, device=str(here.device))
-    model = load_model(placed)
-    target = load_model(placed, which="target") if recipe.model.target else model
+    model = load_replica(placed, here)
+    target = load_replica(placed, here, which="target") if recipe.model.target else model
     contexts = [dataset[index].context_ids for index in range(min(4, len(dataset)))]
     for each in {id(model): model, id(target): target}.values():
         fuse_norms(each)

@@ -29,7 +29,8 @@ from ao.manifest import fingerprint
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import DTYPES as COMPUTED
-from ao.models.load import fuse_norms, load_model, resolve_device
+from ao.models.load import fuse_norms, resolve_device
+from ao.models.replica import load_replica
 from ao.residuals import collected
 from ao.selftest import check_model
 
@@ -64,7 +65,7 @@ def collect(
         progress: show a progress bar on stderr.
 
     Returns:
-        The record: rows, tokens, seconds, tokens per second, share of the time spent in the writer, statistics by layer.
+        The record: rows, tokens, seconds, tokens per second, seconds in which forwards waited for the disk, statistics by layer.
 
     Raises:
         FileExistsError: `out` holds something else.
@@ -89,7 +90,7 @@ def collect(
         tally = Tally(units_before=len(done))
         if todo:
             which = "base" if model.target is None else "target"
-            target = load_model(replace(model, device=str(here.device)), which=which)
+            target = load_replica(replace(model, device=str(here.device)), here, which=which)
             arch = archs.find(target)
             fuse_norms(target)
             contexts = (ids for number in todo for ids in left.units[number].contexts if len(ids))

@@ -24,7 +24,8 @@ DTYPES = {
     "fp32": torch.float32,
 }
 """Computation type by precision."""
-_FOUR_BIT = ("nf4", "nf4-dequantized")
+FOUR_BIT = ("nf4", "nf4-dequantized")
+"""Precisions whose numbers are NF4's."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -35,6 +36,18 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"model.device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
     return resolved
+
+
+def named(config: ModelConfig, which: str) -> tuple[str, str | None]:
+    """Name and revision of the "base" or the "target".
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    name, revision = (config.name, config.revision) if which == "base" else (config.target, config.target_revision)
+    if name is None:
+        raise ValueError(f"model.{which} names no checkpoint")
+    return name, revision
 
 
 def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
@@ -48,9 +61,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         FileNotFoundError: there is no such model, or its folder holds no safetensors.
         ValueError: a weight is missing or left over, which transformers itself only warns about; or a file is damaged.
     """
-    name, revision = (config.name, config.revision) if which == "base" else (config.target, config.target_revision)
-    if name is None:
-        raise ValueError(f"model.{which} names no checkpoint")
+    name, revision = named(config, which)
     folder = model_folder(name, revision)
     local = name == "demo" or Path(name).is_dir()
     if local and not any(folder.glob("*.safetensors")):
@@ -68,8 +79,8 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
             config=text_config,
             key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
             dtype=DTYPES[config.precision],
-            device_map={"": device} if config.precision in _FOUR_BIT or device.type == "cuda" else None,
-            quantization_config=_quantization(full_config) if config.precision in _FOUR_BIT else None,
+            device_map={"": device} if config.precision in FOUR_BIT or device.type == "cuda" else None,
+            quantization_config=_quantization(full_config) if config.precision in FOUR_BIT else None,
             use_safetensors=True,
             output_loading_info=True,
         )

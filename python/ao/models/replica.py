@@ -1,0 +1,91 @@
+"""A copy of a model for each rank. In 4 bits, the first rank of a machine quantizes it once, and the others read that."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedModel
+
+from ao.config import ModelConfig
+from ao.distributed import Ranks
+from ao.manifest import fingerprint, sync_folder
+from ao.models.load import FOUR_BIT, dequantize, load_model, named
+from ao.prompt import model_folder
+from ao.user_cache import user_cache
+
+log = logging.getLogger(__name__)
+
+POLL = 0.2
+"""Seconds between two looks of a rank that waits."""
+
+
+def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> PreTrainedModel:
+    """Load this rank's copy of a model, as `load_model` does.
+
+    Several ranks of a model in 4 bits read its original once a machine: the first one quantizes it and leaves the result
+    in the user's cache, under a name that changes with the checkpoint's files, and the others, and later runs, read a
+    quarter of the bytes there. A checkpoint that is quantized already is read by each.
+
+    Args:
+        config: names the checkpoint, precision and device.
+        here: this process among its fellows.
+        which: "base" or "target".
+
+    Raises:
+        OSError: the user's cache cannot be written.
+    """
+    if here.world == 1 or config.precision not in FOUR_BIT:
+        return load_model(config, which=which)
+    name, revision = named(config, which)
+    if getattr(AutoConfig.from_pretrained(model_folder(name, revision)), "quantization_config", None) is not None:
+        return load_model(config, which=which)
+    folder = user_cache() / "quantized" / _key(name, revision)
+    if not folder.is_dir():
+        if here.local == 0:
+            model = load_model(replace(config, precision="nf4"), which=which)
+            _keep(model, folder)
+            if config.precision == "nf4-dequantized":
+                dequantize(model)
+            return model
+        while not folder.is_dir():
+            time.sleep(POLL)
+    return load_model(replace(config, name=str(folder), revision=None))
+
+
+def _key(name: str, revision: str | None) -> str:
+    """Of what is quantized and of what does it, the same in every rank."""
+    folder = model_folder(name, revision).resolve()
+    stamps = []
+    # A Hub's snapshot is named by its commit, and its weights may not be there yet.
+    if name == "demo" or Path(name).is_dir():
+        for file in sorted(folder.glob("*.safetensors")):
+            about = file.stat()
+            stamps.append(f"{file.name} {about.st_size} {about.st_mtime_ns}")
+    libraries = [f"{library} {version(library)}" for library in ("bitsandbytes", "transformers")]
+    return fingerprint(str(folder), stamps, libraries)[:32]
+
+
+def _keep(model: PreTrainedModel, folder: Path) -> None:
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        for file in partial.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():  # or another machine's first rank was quicker, where both share the folder
+            raise OSError(
+                f"{folder}: the quantized model cannot be kept for the other ranks ({error}); free some space, or name "
+                "another folder in AO_CACHE"
+            ) from error
+    sync_folder(folder)
+    log.info("the quantized model is kept in %s", folder)

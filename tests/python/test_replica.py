@@ -1,0 +1,100 @@
+"""Several ranks in 4 bits: one quantizes, the others read what it left, and all hold the same numbers."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from ao.config import ModelConfig
+from ao.distributed import Ranks
+from ao.models import replica
+from ao.models.load import load_model
+from ao.models.replica import load_replica
+from conftest import GEMMA_4
+
+CPU = torch.device("cpu")
+FIRST, SECOND = (Ranks(rank=rank, world=2, device=CPU, local=rank) for rank in range(2))
+# Blocks of 64 weights.
+TEXT = {**GEMMA_4, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 32}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    monkeypatch.setenv("AO_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**TEXT)).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    return ModelConfig(name=str(tmp_path / "model"), precision="nf4", device="cpu")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The checkpoints that are read, in order."""
+    names: list[str] = []
+
+    def reading(config: ModelConfig, **options: str) -> torch.nn.Module:
+        names.append(config.name)
+        return load_model(config, **options)
+
+    monkeypatch.setattr(replica, "load_model", reading)
+    return names
+
+
+def numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", ["nf4", "nf4-dequantized"])
+def test_one_rank_reads_the_original_and_all_have_its_numbers(
+    precision: str, config: ModelConfig, read: list[str]
+) -> None:
+    config = replace(config, precision=precision)
+    models = []
+    second = threading.Thread(target=lambda: models.append(load_replica(config, SECOND)))
+    second.start()
+    models.append(load_replica(config, FIRST))
+    second.join()
+    later = load_replica(config, FIRST)
+    assert read[0] == config.name
+    assert config.name not in read[1:]
+    assert len(read) == 3
+    alone = numbers(load_model(config))
+    for model in (*models, later):
+        found = numbers(model)
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+
+
+def test_changed_weights_are_quantized_again(config: ModelConfig, read: list[str]) -> None:
+    load_replica(config, FIRST)
+    torch.manual_seed(1)
+    Gemma4ForCausalLM(Gemma4TextConfig(**TEXT)).bfloat16().save_pretrained(config.name)
+    load_replica(config, FIRST)
+    assert read == [config.name] * 2
+
+
+def test_a_full_cache_is_told(config: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Gemma4ForCausalLM, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"No space left on device.*AO_CACHE"):
+        load_replica(config, FIRST)
+    assert not list((tmp_path / "cache" / "quantized").iterdir())
+
+
+def test_others_read_the_original(config: ModelConfig, read: list[str], tmp_path: Path) -> None:
+    """One rank, weights in full precision, a checkpoint that is quantized already."""
+    load_replica(config, Ranks(rank=0, world=1, device=CPU))
+    load_replica(replace(config, precision="bf16"), SECOND)
+    load_model(config).save_pretrained(tmp_path / "quantized")
+    load_replica(replace(config, name=str(tmp_path / "quantized")), SECOND)
+    assert read == [config.name, config.name, str(tmp_path / "quantized")]
+    assert not (tmp_path / "cache").exists()
