@@ -34,9 +34,9 @@ from ao.manifest import read_manifest, write_atomic
 from ao.models import arch as archs
 from ao.models.adapters import save_adapter
 from ao.models.load import fuse_norms, resolve_device
-from ao.models.replica import load_replica
 from ao.plan import Plan, PlanSettings
 from ao.prompt import fingerprints, framer
+from ao.replica import load_replica
 from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+from ao import replica
 from ao.config import ModelConfig
 from ao.distributed import Ranks
-from ao.models import replica
 from ao.models.load import load_model
-from ao.models.replica import load_replica
+from ao.replica import load_replica
 from conftest import GEMMA_4
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import DTYPES as COMPUTED
 from ao.models.load import fuse_norms, resolve_device
-from ao.models.replica import load_replica
+from ao.replica import load_replica
 from ao.residuals import collected
 from ao.selftest import check_model
 
