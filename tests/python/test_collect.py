@@ -177,7 +177,7 @@ def test_what_is_there_already_needs_no_unit_and_no_model(
 ) -> None:
     collect(recipe.model, wanted.units(recipe), out=tmp_path / "acts")
     before = content(tmp_path / "acts")
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "load_replica", None)
     # Another run by its digest, of which earlier ones hold all or nothing is left.
     record = collect(recipe.model, wanted.units(recipe), out=tmp_path / "acts", tokens_per_row=99)
     assert (record["rows"], content(tmp_path / "acts")) == (0, before)

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 import ao.train
 from ao.config import ModelConfig, Recipe, parse_recipe
 from ao.demo import world
-from ao.distributed import launch
+from ao.distributed import Ranks, launch
 from ao.models.load import load_model
 from ao.pack import pack
 
@@ -44,15 +44,15 @@ def packed(root: Path) -> Path:
 
 def in_double(data: Path, out: Path) -> dict[str, Any]:
     """What every rank calls."""
-    own = ao.train.load_model
-    ao.train.load_model = doubled
+    own = ao.train.load_replica
+    ao.train.load_replica = doubled
     try:
         return ao.train.train(recipe(), data=data, out=out, progress=False)
     finally:
-        ao.train.load_model = own
+        ao.train.load_replica = own
 
 
-def doubled(config: ModelConfig, **which: str) -> Any:
+def doubled(config: ModelConfig, here: Ranks, **which: str) -> Any:
     return load_model(config, **which).double()
 
 

@@ -123,14 +123,14 @@ def test_rows_and_recompute_change_no_loss(changes, plain, packed, tmp_path):
 def test_recompute_runs_the_blocks_again(recompute, times, packed, tmp_path, monkeypatch):
     calls = []
 
-    def counted(*args, **kwargs):
-        model = load_model(*args, **kwargs)
+    def counted(config, here):
+        model = load_model(config)
         # The look-ahead runs without gradients.
         count = lambda *_: calls.append(1) if torch.is_grad_enabled() else None  # noqa: E731
         model.model.layers[-1].mlp.register_forward_hook(count)
         return model
 
-    monkeypatch.setattr(ao.train, "load_model", counted)
+    monkeypatch.setattr(ao.train, "load_replica", counted)
     monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
     losses(packed, tmp_path / "out", steps=2, tokens_per_row=10**6, recompute=recompute)
     assert len(calls) == 2 * times
@@ -625,7 +625,7 @@ def test_a_cache_gives_the_losses_of_looking_ahead(plain, packed, tmp_path, monk
     collect(recipe.model, units, out=tmp_path / "acts", dtype="F32")
     reads: list[int] = []
 
-    def counted(*args, **kwargs):
+    def counted(config, here):
         reads.append(1)
         return read_vectors(*args, **kwargs)
 
