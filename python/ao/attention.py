@@ -26,31 +26,43 @@ IMPLEMENTATION = "ao_documents"
 """Name under which transformers finds the function."""
 VARLEN_HEAD = 256
 """Widest head that flash attention takes; wider ones are padded to rectangles."""
+SPREAD = 2
+"""How many times as long the longest document of a rectangle may be as its shortest: so much padding at most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Where the documents of a packed row lie."""
 
-    num: int
-    """Documents in the row."""
     longest: int
     """Tokens of the longest."""
+    rectangles: tuple[tuple[int, int], ...]
+    """Documents of like lengths are laid side by side: how many there are, and tokens of the longest of them."""
     slots_T: torch.Tensor
-    """For each token of the row its place in the [num * longest] padded layout."""
+    """For each token of the row its place in the rectangles, one behind the other."""
     bounds: torch.Tensor
-    """Where each document begins, and the end of the last, int32 [num + 1]."""
+    """Where each document begins, and the end of the last, int32 [N + 1]."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
         """Documents of these lengths, one after the other."""
-        longest = max(lengths)
-        slots = np.concatenate([index * longest + np.arange(length) for index, length in enumerate(lengths)])
+        begins = np.zeros(len(lengths), dtype=np.int64)
+        rectangles: list[tuple[int, int]] = []
+        slots = 0
+        for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+            # A long document among short ones must not make all of them as long.
+            if not rectangles or SPREAD * lengths[index] < rectangles[-1][1]:
+                rectangles.append((0, lengths[index]))
+            num, longest = rectangles[-1]
+            rectangles[-1] = (num + 1, longest)
+            begins[index] = slots
+            slots += longest
+        places = np.concatenate([begin + np.arange(length) for begin, length in zip(begins, lengths, strict=True)])
         bounds = np.cumsum([0, *lengths], dtype=np.int32)
         return cls(
-            num=len(lengths),
-            longest=longest,
-            slots_T=torch.from_numpy(slots).to(device),
+            longest=max(lengths),
+            rectangles=tuple(rectangles),
+            slots_T=torch.from_numpy(places).to(device),
             bounds=torch.from_numpy(bounds).to(device),
         )
 
@@ -103,21 +115,33 @@ def document_attention(
         )
     if softcap is None and _fits_varlen(query, documents, sliding_window):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
-    query, key, value = (_unpack(states, documents) for states in (query, key, value))
+    unpacked = zip(*(_unpack(states, documents) for states in (query, key, value)), strict=True)
+    outputs = [_rectangle(*states, scaling, sliding_window, softcap) for states in unpacked]
+    # [N, H, S, E] of each to [N * S, H, E].
+    output = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+    return output.index_select(0, documents.slots_T).unsqueeze(0), None
+
+
+def _rectangle(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of documents side by side: [N, H, S, E] of queries, [N, G, S, E] of keys and values."""
+    if softcap is not None:
+        return _capped_attention(query, key, value, scaling, window, softcap)
     if query.is_cuda and query.shape[-1] > VARLEN_HEAD and key.shape[1] != query.shape[1]:
         # With grouped heads of this width SDPA falls back to the kernel that holds every score.
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if softcap is None and sliding_window is not None and documents.longest > sliding_window:
-        output = _banded_attention(query, key, value, scaling, sliding_window)
-    elif softcap is None:
-        output = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    else:
-        output = _capped_attention(query, key, value, scaling, sliding_window, softcap)
-    output = output.transpose(1, 2).reshape(documents.num * documents.longest, *output.shape[1::2])
-    return output.index_select(0, documents.slots_T).unsqueeze(0), None
+    if window is not None and query.shape[2] > window:
+        return _banded_attention(query, key, value, scaling, window)
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
 
 
 @contextmanager
@@ -181,13 +205,14 @@ def _varlen(
     return output.unsqueeze(0)
 
 
-def _unpack(states: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """[1, H, T, E] of a row to [N, H, S, E]; right padding is zero and no real token sees it."""
+def _unpack(states: torch.Tensor, documents: Documents) -> list[torch.Tensor]:
+    """[1, H, T, E] of a row to [N, H, S, E] of each rectangle; right padding is zero and no real token sees it."""
     flat = states[0].transpose(0, 1)
-    padded = flat.new_zeros(documents.num * documents.longest, *flat.shape[1:])
+    sizes = [num * longest for num, longest in documents.rectangles]
     # index_copy's backward is a plain gather; gathering with repeated indices would scatter-add instead.
-    padded = padded.index_copy(0, documents.slots_T, flat)
-    return padded.view(documents.num, documents.longest, *flat.shape[1:]).transpose(1, 2)
+    padded = flat.new_zeros(sum(sizes), *flat.shape[1:]).index_copy(0, documents.slots_T, flat)
+    pieces = zip(padded.split(sizes), documents.rectangles, strict=True)
+    return [piece.unflatten(0, rectangle).transpose(1, 2) for piece, rectangle in pieces]
 
 
 def _banded_attention(

@@ -50,6 +50,9 @@ class ModelConfig(Config):
     same values in bf16, four times the memory and no dequantization at every pass."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    attention: Literal["documents", "stock"] = "documents"
+    """documents: sequences share a row and do not see each other; stock: padded rows through the library's own attention,
+    slower, the reference where the other is in doubt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,6 +135,14 @@ class Injector:
             yield
         finally:
             self._state = None
+        self.require_hits(*times)
+
+    def require_hits(self, *times: int) -> None:
+        """Refuse another number of injections since `injecting` was entered.
+
+        Raises:
+            RuntimeError: tells how often the hook fired.
+        """
         if self.hits not in times:
             raise RuntimeError(
                 f"injection: the hook at layer {self.layer} fired {self.hits} times, expected {' or '.join(map(str, times))}; "

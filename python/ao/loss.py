@@ -99,7 +99,7 @@ class _AnswerLoss(torch.autograd.Function):
     def forward(ctx: Any, resid_AD: torch.Tensor, arch: Arch, labels: Labels) -> torch.Tensor:
         weights_A = labels.weights_A if labels.weights_A is not None else labels.ids_A.new_ones((), dtype=torch.float32)
         weights_A = weights_A.expand(len(labels.ids_A))
-        total = resid_AD.new_zeros((), dtype=torch.float32)
+        total = resid_AD.new_zeros((), dtype=torch.promote_types(resid_AD.dtype, torch.float32))
         gradients, chunk = [], chunk_of(arch, resid_AD.device)
         chunks = (resid_AD.detach().split(chunk), labels.ids_A.split(chunk), weights_A.split(chunk))
         for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):

@@ -20,6 +20,9 @@ from ao.injection import check_vectors
 from ao.models.adapters import as_target
 from ao.models.arch import Arch
 
+ROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Types of kept rows by the name that safetensors gives them."""
+
 
 class _DeepestLayerRead(Exception):
     """Ends a forward whose remaining blocks nobody wants."""

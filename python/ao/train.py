@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -53,7 +53,9 @@ RECORD = "training.json"
 REPEATED = 5.0
 """Seconds within which another signal is the same one again."""
 _VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
-_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "cache", "recompute", "compile")
+BEST = "best"
+"""Folder of the adapter as it was at its best held-out loss."""
+_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "recompute")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
 
@@ -115,10 +117,12 @@ def train(
             here.wait()
             if here.first:
                 (out / RECORD).unlink(missing_ok=True)
-                shutil.rmtree(out / FOLDER, ignore_errors=True)
+                for folder in (FOLDER, BEST):
+                    shutil.rmtree(out / folder, ignore_errors=True)
         else:
             require_same_run(found, read_manifest(found / "run.json"), identity)
             saved = load_checkpoint(found, learner)
+            _compare_versions(found, saved["versions"])
             run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
         record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
         if here.first:
@@ -131,7 +135,7 @@ class _Run:
     """How far a run is."""
 
     step: int = 0
-    losses: list[float | None] | None = None
+    losses: list[float | None] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
     meter: dict[str, Any] | None = None
@@ -157,7 +161,7 @@ def _loop(
     meter = Meter(learner.arch, target_arch, deepest=deepest, device=here.device)
     if run.meter is not None:
         meter.resume(run.meter)
-    losses = run.losses or []
+    losses = run.losses
     padded = not learner.arch.attention_only
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not (progress and here.first))
     scores: HeldOut | None = None
@@ -171,6 +175,7 @@ def _loop(
         with meter.timing("save"):
             state = {
                 "identity": identity,
+                "versions": _versions(),
                 "step": step,
                 "losses": losses,
                 "best_step": run.best_step,
@@ -208,10 +213,10 @@ def _loop(
                 result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 done = step + 1
                 # -- step done --
-                if result.skipped and here.first:
-                    log.warning("step %d: the gradient is not finite, so nothing moved", done)
                 meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
-                losses.append(round(result.loss, 6) if math.isfinite(result.loss) else None)
+                if result.skipped:
+                    _require_finite(meter.counts["skipped_steps"], done, config.steps)
+                losses.append(result.loss if math.isfinite(result.loss) else None)
                 bar.update()
                 line: dict[str, Any] = {}
                 if done % config.log_every == 0 or done == config.steps:
@@ -229,6 +234,10 @@ def _loop(
                     best = run.best_loss is None or scored["held_out_loss"] < run.best_loss
                     if best:
                         run.best_step, run.best_loss = done, scored["held_out_loss"]
+                        if here.first:
+                            examples = meter.counts["examples"]
+                            contract = _contract(recipe, learner, training.dataset, steps=done, examples=examples)
+                            save_adapter(learner.peft, out / BEST, base=recipe.model.name, ao_config=contract.to_json())
                 if line:
                     lines.write(done, line)
                 due = config.save_every and (best or done % config.save_every == 0) and done < config.steps
@@ -239,17 +248,12 @@ def _loop(
                         log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
                     raise KeyboardInterrupt
     state = meter.state()
-    if (skipped := state["counts"]["skipped_steps"]) > config.steps // 10:
-        raise RuntimeError(
-            f"train: the gradient was not finite in {skipped} of {config.steps} steps; "
-            "lower train.learning_rate or use a wider precision"
-        )
     seconds = state["seconds"]
     return {
         "steps": len(losses),
         "identity": identity,
         "ranks": here.world,
-        "versions": {name: version(distribution) for name, distribution in _VERSIONS.items()},
+        "versions": _versions(),
         "losses": losses,
         "held_out": last_scored,
         "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
@@ -258,6 +262,16 @@ def _loop(
         **state["counts"],
         "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
     }
+
+
+def _require_finite(skipped: int, done: int, steps: int) -> None:
+    """Tell of a step whose gradient was not finite; more of them than a tenth of all steps end the run."""
+    log.warning("step %d: the gradient is not finite, so nothing moved", done)
+    if skipped > steps // 10:
+        raise RuntimeError(
+            f"train: the gradient was not finite in {skipped} of the first {done} of {steps} steps; "
+            "lower train.learning_rate or use a wider precision"
+        )
 
 
 def windows(
@@ -322,6 +336,17 @@ def _identity(recipe: Recipe, dataset: PackedDataset) -> dict[str, Any]:
     return {"train": settings, "model": model, "shards": shards}
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(distribution) for name, distribution in _VERSIONS.items()}
+
+
+def _compare_versions(checkpoint: Path, saved: dict[str, str]) -> None:
+    """Tell where a run is resumed under other versions than it was begun with."""
+    others = [f"{name} {saved.get(name)}, now {now}" for name, now in _versions().items() if saved.get(name) != now]
+    if others:
+        log.warning("%s: written with %s; what follows may differ in the last digits", checkpoint, ", ".join(others))
+
+
 def _found(out: Path, *, resume: bool, restart: bool) -> Path | None:
     """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
 
@@ -373,8 +398,17 @@ def _signals() -> Iterator[threading.Event]:
 
 def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict[str, Any], out: Path) -> None:
     """Write the adapter, its contract, the resolved recipe, a draft of its card and, last, the training record."""
+    published = _contract(recipe, learner, dataset, steps=record["steps"], examples=record["examples"]).to_json()
+    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=published)
+    write_atomic(out / "recipe.toml", to_toml(recipe))
+    # A report in the folder is of an earlier adapter; `ao push` puts in the one that it finds then.
+    write_atomic(out / CARD, model_card(contract=published, recipe=recipe, record=record))
+    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _contract(recipe: Recipe, learner: Learner, dataset: PackedDataset, *, steps: int, examples: int) -> OracleConfig:
     config = recipe.train
-    contract = OracleConfig(
+    return OracleConfig(
         model=recipe.model.name,
         injection=config.injection,
         injection_layer=config.injection_layer,
@@ -384,16 +418,10 @@ def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict
         num_layers=learner.arch.num_layers,
         framing=framer(recipe.model.name, recipe.model.revision).fingerprint,
         trained={
-            "steps": record["steps"],
-            "examples": record["examples"],
+            "steps": steps,
+            "examples": examples,
             "precision": recipe.model.precision,
             "target": recipe.model.target or recipe.model.name,
             "lora": {"r": config.rank, "alpha": config.alpha, "dropout": config.dropout},
         },
     )
-    published = contract.to_json()
-    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=published)
-    write_atomic(out / "recipe.toml", to_toml(recipe))
-    # A report in the folder is of an earlier adapter; `ao push` puts in the one that it finds then.
-    write_atomic(out / CARD, model_card(contract=published, recipe=recipe, record=record))
-    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ao.attention import packed_rows
+from ao.attention import Documents, packed_rows
 from ao.batch import lay_out, layout, rows_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target
@@ -32,6 +32,19 @@ def test_documents_of_a_shared_forward_equal_separate_runs(family, rng):
         shared = archs.logits(arch, together[start : start + len(context)])
         torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
     check_model(model, arch, contexts)
+
+
+def test_a_long_document_does_not_make_short_ones_long(rng):
+    """Every token has a place of its own, a document's lie side by side, and less than half of the places are padding."""
+    for _ in range(50):
+        lengths = rng.integers(1, 300, size=rng.integers(1, 40)).tolist()
+        documents = Documents.of(lengths, torch.device("cpu"))
+        places = sum(num * longest for num, longest in documents.rectangles)
+        slots = documents.slots_T.numpy()
+        assert len(np.unique(slots)) == len(slots) == sum(lengths)
+        assert slots.max() < places <= 2 * sum(lengths)
+        for first, end in zip(documents.bounds[:-1].tolist(), documents.bounds[1:].tolist(), strict=True):
+            assert (np.diff(slots[first:end]) == 1).all()
 
 
 def test_packing_is_what_keeps_documents_apart(gemma, rng):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ao.collect.sinks import DTYPES, Sink
+from ao.collect.sinks import Sink
+from ao.residuals import ROW_TYPES
 
 PENDING_BYTES = 512 * 2**20
 """What may be under way in CPU memory before the forwards wait for the sinks."""
@@ -65,7 +66,7 @@ class Handover:
         Raises:
             ValueError: a value of these or earlier rows does not fit the type.
         """
-        rows_KD = resid_KD.to(DTYPES[self._dtype])
+        rows_KD = resid_KD.to(ROW_TYPES[self._dtype])
         # Found where the rows are, told where they are taken: asking here would wait for the device.
         lost = resid_KD.new_zeros(())
         if self._dtype == "F16":

@@ -17,9 +17,10 @@ from safetensors import safe_open
 
 from ao._ao import input_digest
 from ao.collect.missing import earlier_runs, remaining
-from ao.collect.sinks import DTYPES, CacheSink, finish_cache
+from ao.collect.sinks import CacheSink, finish_cache
 from ao.collect.wanted import Unit
 from ao.manifest import fingerprint
+from ao.residuals import ROW_TYPES
 
 
 def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
             raise ValueError(f"{file}: no tensor {about.tensor!r}, only {sorted(opened.keys())}")
         values_TLD = opened.get_tensor(about.tensor)
     shape = (sum(map(len, about.ids)), len(about.layers))
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in ROW_TYPES.items()}
     if values_TLD.dim() != 3 or tuple(values_TLD.shape[:2]) != shape or values_TLD.dtype not in names:
         raise ValueError(
             f"{file}: {about.tensor} is {values_TLD.dtype} {list(values_TLD.shape)}; {sidecar} says "

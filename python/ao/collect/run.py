@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ao.cache import contract_of
 from ao.collect.handover import Handover
 from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining
-from ao.collect.sinks import DTYPES, CacheSink, PlainSink, Sink, finish_cache
+from ao.collect.sinks import CacheSink, PlainSink, Sink, finish_cache
 from ao.collect.wanted import Unit
 from ao.config import ModelConfig
 from ao.distributed import Ranks, ranks
@@ -31,7 +31,7 @@ from ao.models.adapters import as_oracle, as_target, load_adapter
 from ao.models.load import DTYPES as COMPUTED
 from ao.models.load import fuse_norms, resolve_device
 from ao.replica import load_replica
-from ao.residuals import collected
+from ao.residuals import ROW_TYPES, collected
 from ao.selftest import check_model
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ def collect(
     with ranks(resolve_device(model.device), patient=True) as here:
         contract = contract_of(model, adapter)
         if dtype is None:
-            dtype = "F32" if plain else next(name for name, each in DTYPES.items() if each == COMPUTED[model.precision])
+            dtype = (
+                "F32" if plain else next(name for name, each in ROW_TYPES.items() if each == COMPUTED[model.precision])
+            )
         run = fingerprint(contract, dtype, tokens_per_row, *(unit.digest for unit in units))[:16]
         if plain:
             left, there = Remaining(units, range(len(units))), plain_done(out, run)

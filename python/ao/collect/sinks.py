@@ -16,9 +16,7 @@ from ao._ao import ActivationWriter
 from ao.cache import PLAIN, ActivationCache
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, write_atomic
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Types of rows by the name that safetensors gives them."""
+from ao.residuals import ROW_TYPES
 
 
 class Sink(Protocol):
@@ -86,7 +84,7 @@ class PlainSink(Sink):
         self._metadata = {"ao": canonical_json(about)}
         self._indices: list[np.ndarray] = []
         self._rows: list[torch.Tensor] = []
-        self._empty = torch.empty(0, width, dtype=DTYPES[dtype])
+        self._empty = torch.empty(0, width, dtype=ROW_TYPES[dtype])
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
         """Keep a copy of rows."""

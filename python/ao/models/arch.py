@@ -20,6 +20,10 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+STOCK = "ao_stock_attention"
+"""Set on a model that is to run padded rows through its own attention, whatever its mixers are."""
+
+
 @dataclass(frozen=True)
 class Arch:
     """The parts of a loaded decoder-only model."""
@@ -80,7 +84,7 @@ def find(model: PreTrainedModel) -> Arch:
         d_model=config.hidden_size,
         vocab=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
         softcap=getattr(config, "final_logit_softcapping", None),
-        attention_only=_attention_only(config, layers),
+        attention_only=_attention_only(config, layers) and not getattr(model, STOCK, False),
     )
 
 
@@ -112,8 +116,9 @@ def linear_weights(arch: Arch, *, upto: int | None = None) -> int:
 
 
 def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [K, vocab] of final residuals [K, d_model], soft-capped as the model does."""
-    logits_KV = arch.head(resid_KD).float()
+    """Logits [K, vocab] of final residuals [K, d_model] in fp32, or more where the model has more, soft-capped as it does."""
+    logits_KV = arch.head(resid_KD)
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
     if arch.softcap is not None:
         logits_KV = arch.softcap * torch.tanh(logits_KV / arch.softcap)
     return logits_KV

@@ -100,6 +100,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
     if config.precision == "nf4-dequantized":
         dequantize(model)
+    setattr(model, arch.STOCK, config.attention == "stock")
     return freeze(model)
 
 

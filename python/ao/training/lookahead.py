@@ -16,10 +16,8 @@ from ao.cache import ActivationCache, context_keys
 from ao.config import TrainConfig
 from ao.injection import check_vectors
 from ao.models.arch import Arch
-from ao.residuals import Read, read_vectors
+from ao.residuals import ROW_TYPES, Read, read_vectors
 from ao.shards import Datapoint
-
-CACHED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def look_ahead(
@@ -57,7 +55,7 @@ def from_cache(
     offsets = np.cumsum([0, *(len(point.layers) for point in points)])
     keys = np.concatenate([context_keys(point.context_ids)[point.read_positions] for point in points])
     layers = np.concatenate([point.layers for point in points])
-    vectors_PD = torch.empty(len(keys), cache.width, dtype=CACHED[cache.dtype], pin_memory=device.type == "cuda")
+    vectors_PD = torch.empty(len(keys), cache.width, dtype=ROW_TYPES[cache.dtype], pin_memory=device.type == "cuda")
     found_P = np.zeros(len(keys), dtype=bool)
     for layer in np.intersect1d(layers, cache.layers):
         own = np.flatnonzero(layers == layer)

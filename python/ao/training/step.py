@@ -181,6 +181,7 @@ class Learner:
         places_K = torch.from_numpy(places).to(self.here.device, non_blocking=True)
         with self.injector.injecting(places_K, vectors_KD, times=times):
             resid_BTD = self.arch.decoder(**batch.model_inputs).last_hidden_state
+            self.injector.require_hits(1)
             loss = answer_loss(self.arch, resid_BTD, labels)
             if loss.requires_grad:
                 loss.backward()

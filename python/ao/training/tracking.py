@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
-"""What has to be installed for each tracker."""
+from ao.manifest import fingerprint
 
 
 class Log:
@@ -18,7 +17,7 @@ class Log:
 
     Args:
         out: folder of the run; log.jsonl keeps its lines up to `step`, later ones are of a part that is done again.
-        trackers: names from `PACKAGES`.
+        trackers: tensorboard, trackio, wandb, each of which is also the name of the package that it needs.
         config: what the trackers show beside the run.
         step: steps done.
         active: False on ranks that do not speak: nothing is written.
@@ -34,7 +33,7 @@ class Log:
         self._kept = step
         self._active = active
         self._file: Any = None
-        self._trackers = [_tracker(name, out, config) for name in trackers] if active else []
+        self._trackers = [_tracker(name, out, config, resumed=step > 0) for name in trackers] if active else []
 
     def __enter__(self) -> Log:
         return self
@@ -79,15 +78,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _tracker(name: str, out: Path, config: Mapping[str, Any]) -> Any:
+def _tracker(name: str, out: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
     try:
-        import_module(PACKAGES[name])
+        import_module(name)
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"train.track names {name!r}, which is not installed; pip install {PACKAGES[name]}, or leave it out "
+            f"train.track names {name!r}, which is not installed; pip install {name}, or leave it out "
             "(log.jsonl is written anyway)"
         ) from None
-    return _TensorBoard(out) if name == "tensorboard" else _Run(import_module(name), out, config)
+    return _TensorBoard(out) if name == "tensorboard" else _Run(name, out, config, resumed=resumed)
 
 
 class _TensorBoard:
@@ -107,9 +106,13 @@ class _TensorBoard:
 class _Run:
     """trackio and W&B, which share an interface."""
 
-    def __init__(self, library: Any, out: Path, config: Mapping[str, Any]) -> None:
-        self._library = library
-        library.init(project="activation-oracles", name=out.name, config=dict(config))
+    def __init__(self, name: str, out: Path, config: Mapping[str, Any], *, resumed: bool) -> None:
+        self._library: Any = import_module(name)
+        settings: dict[str, Any] = {"resume": "allow"} if resumed else {}
+        if name == "wandb":
+            # trackio goes on with the run of the same name.
+            settings["id"] = fingerprint(str(out.resolve()))[:16]
+        self._library.init(project="activation-oracles", name=out.name, config=dict(config), **settings)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._library.log(dict(numbers), step=step)
