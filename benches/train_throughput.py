@@ -292,9 +292,7 @@ class Process:
     """A fresh process that holds one way's model and answers questions, a line of JSON each."""
 
     def __init__(self, way: str, setting: Setting) -> None:
-        # Threads that wait by spinning keep others of a shared machine, and so their own team, from a core.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-        environment |= {"PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {"PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error"} | os.environ
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("ways.py"), way],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ao.batch import Batch
-from ao.models.arch import Arch, logits
+from ao.models.arch import Arch, capped_, full_precision, logits
 
 CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**24}
 """fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
@@ -93,7 +93,7 @@ def answer_loss(arch: Arch, resid_BTD: torch.Tensor, labels: Labels) -> torch.Te
 
 
 class _AnswerLoss(torch.autograd.Function):
-    """The loss with its gradient, chunk by chunk, so that no more than one chunk's logits are there at a time."""
+    """The loss with its gradient, chunk by chunk, so that no more than one chunk's logits are there at a time, twice."""
 
     @staticmethod
     def forward(ctx: Any, resid_AD: torch.Tensor, arch: Arch, labels: Labels) -> torch.Tensor:
@@ -105,10 +105,19 @@ class _AnswerLoss(torch.autograd.Function):
         for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 chunk_KD = chunk_KD.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = (cross_entropy(logits(arch, chunk_KD), ids_K, reduction="none") * weights_K).sum()
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(loss, chunk_KD)
-            total += loss.detach()
+                uncapped_KV = full_precision(arch.head(chunk_KD))
+            # What a linear's gradient needs is its weight, so its result may be written over.
+            logits_KV = capped_(arch, uncapped_KV.detach())
+            log_probs_KV = logits_KV.log_softmax(dim=-1)
+            total -= (log_probs_KV.gather(1, ids_K[:, None])[:, 0] * weights_K).sum()
+            if ctx.needs_input_grad[0]:
+                gradient_KV = log_probs_KV.exp_()
+                gradient_KV.scatter_add_(1, ids_K[:, None], gradient_KV.new_full((len(ids_K), 1), -1))
+                gradient_KV.mul_(weights_K[:, None])
+                if arch.softcap is not None:
+                    # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2
+                    gradient_KV.mul_(logits_KV.div_(arch.softcap).square_().neg_().add_(1))
+                gradients += torch.autograd.grad(uncapped_KV, chunk_KD, gradient_KV)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return total

@@ -115,13 +115,21 @@ def linear_weights(arch: Arch, *, upto: int | None = None) -> int:
     )
 
 
+@torch.no_grad()
 def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
-    """Logits [K, vocab] of final residuals [K, d_model] in fp32, or more where the model has more, soft-capped as it does."""
-    logits_KV = arch.head(resid_KD)
-    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
-    if arch.softcap is not None:
-        logits_KV = arch.softcap * torch.tanh(logits_KV / arch.softcap)
-    return logits_KV
+    """Logits [K, vocab] of final residuals [K, d_model] in fp32, or more where the model has more, soft-capped as it does;
+    without a gradient."""
+    return capped_(arch, full_precision(arch.head(resid_KD)))
+
+
+def full_precision(values: torch.Tensor) -> torch.Tensor:
+    """The same in fp32, or more where they are in more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def capped_(arch: Arch, logits_KV: torch.Tensor) -> torch.Tensor:
+    """Cap logits in place, where the model does: c tanh(x / c)."""
+    return logits_KV if arch.softcap is None else logits_KV.div_(arch.softcap).tanh_().mul_(arch.softcap)
 
 
 def _other_tower(name: str) -> bool:
