@@ -425,7 +425,7 @@ def verify(path: str | Path) -> list[str]:
             problems.append(str(error))
     if (folder / "manifest.json").is_file():
         try:
-            listed = {unit["index"]: unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
+            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
         there = {index.name: index for index in indexes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ WHOLE_FILES_BELOW = 64 * 2**20
 
 SAMPLES, SAMPLE_BYTES = 256, 4096
 """Pieces of a large file of weights that are looked at, evenly spread, and their size."""
+
+
+_OWN_DIGEST = rb"""sha256\":\""""
+"""What stands before a file's own digest: JSON in the JSON of its header."""
 
 
 def canonical_json(obj: object) -> str:
@@ -52,6 +57,36 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def with_own_digest(data: bytes) -> bytes:
+    """Put into a safetensors file its own sha256: that of the file with 64 zeros in its place.
+
+    Args:
+        data: the file, whose metadata `ao` is a JSON object with `sha256` of 64 zeros.
+    """
+    return data.replace(_OWN_DIGEST + b"0" * 64, _OWN_DIGEST + hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def own_digest_problem(path: str | Path) -> str | None:
+    """What is wrong with a file that `with_own_digest` made, every byte looked at; nothing where it is whole."""
+    remedy = "remove it and run the same ao collect again"
+    try:
+        header = _safetensors_header(Path(path))
+    except ValueError as error:
+        return f"{error}; or {remedy}"
+    if not (place := re.search(re.escape(_OWN_DIGEST) + rb"([0-9a-f]{64})", header)):
+        return f"{path}: its header has no sha256; {remedy}"
+    digest = hashlib.sha256(len(header).to_bytes(8, "little"))
+    digest.update(header[: place.start(1)] + b"0" * 64 + header[place.end(1) :])
+    with open(path, "rb") as file:
+        file.seek(8 + len(header))
+        while piece := file.read(2**20):
+            digest.update(piece)
+    expected, found = place[1].decode(), digest.hexdigest()
+    if found != expected:
+        return f"{path}: damaged: it has sha256 {found[:8]}.., expected {expected[:8]}..; {remedy}"
+    return None
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -71,7 +106,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}; the file is damaged, make it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 from ao._ao import ActivationWriter
 from ao.cache import PLAIN, ActivationCache
 from ao.collect.wanted import Unit
-from ao.manifest import canonical_json, write_atomic
+from ao.manifest import canonical_json, with_own_digest, write_atomic
 from ao.residuals import ROW_TYPES
 
 
@@ -80,6 +80,7 @@ class PlainSink(Sink):
             "run": run,
             "unit": number,
             "rows": dict(zip(map(str, layers.tolist()), counts.tolist(), strict=True)),
+            "sha256": "0" * 64,
         }
         self._metadata = {"ao": canonical_json(about)}
         self._indices: list[np.ndarray] = []
@@ -105,7 +106,7 @@ class PlainSink(Sink):
             "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path, serialize(tensors, metadata=self._metadata))
+        write_atomic(self._path, with_own_digest(serialize(tensors, metadata=self._metadata)))
 
     def abandon(self) -> None:
         """Forget the rows."""
@@ -113,8 +114,15 @@ class PlainSink(Sink):
 
 
 def finish_cache(out: Path) -> dict[str, Any]:
-    """The manifest and the picture of a cache that is whole now; returns the statistics by layer."""
+    """The manifest and the picture of a cache that is whole now; returns the statistics by layer.
+
+    What killed processes left of them is removed.
+    """
     from ao.plots import norm_chart
+
+    for name in ("manifest.json", "norms.png"):
+        for left in out.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
     try:
         cache = ActivationCache.open(out)

@@ -10,12 +10,12 @@ from typing import Any
 
 from ao import _ao
 from ao._ao import Framer
-from ao.cache import ActivationCache
+from ao.cache import PLAIN, ActivationCache
 from ao.cache import verify as verify_cache
 from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, build_problems, verify
-from ao.manifest import read_manifest
+from ao.manifest import own_digest_problem, read_manifest
 from ao.prompt import framer, vocabulary_size
 from ao.shards import PackedDataset
 from ao.summary import added_up, many, printable, summarized, summary_lines
@@ -89,9 +89,13 @@ def _inspected(
         raise ValueError("datapoints (--row, --id), --verify and --plot are shown one at a time; give one of them")
     if found.kind == "activations" and (check or plot is not None):
         return {**result, **_activations(found, check=check, plot=plot)}
+    if found.kind == "plain" and check:
+        return {**result, "notes": [], **_plain_verified(found.path)}
     if not found.is_data:
         if rows or ids or check or plot:
-            also = "--row and --id" if found.kind == "activations" else "--row, --id, --verify and --plot"
+            also = {"activations": "--row and --id", "plain": "--row, --id and --plot"}.get(
+                found.kind, "--row, --id, --verify and --plot"
+            )
             raise ValueError(f"{found.path}: {found.what}, without datapoints; {also} are for packed data sets")
         return {**result, **found.content}
     if check:
@@ -120,6 +124,13 @@ def _activations(found: Found, *, check: bool, plot: Path | None) -> dict[str, A
     problems = verify_cache(found.path)
     rows = sum(len(cache.layer(layer)) for layer in cache.layers)
     return {"ok": not problems, "problems": problems, "checked": {"units": len(cache.units), "rows": rows}}
+
+
+def _plain_verified(path: Path) -> dict[str, Any]:
+    """A plain file, or all of a folder, each checked against its own digest."""
+    files = [path] if path.is_file() else sorted(path.glob(PLAIN))
+    problems = [problem for file in files if (problem := own_digest_problem(file))]
+    return {"ok": not problems, "problems": problems, "checked": {"files": len(files)}}
 
 
 def text(result: Mapping[str, Any], *, color: bool = False) -> str:

@@ -162,13 +162,17 @@ def _activations(path: Path) -> Found:
         layers[f"layer {layer}"] = f"{of['rows']:,} rows{norms}" + (
             f", {of['not_finite']:,} not finite" if of["not_finite"] else ""
         )
-    content = {**cache.contract, "rows": f"{cache.dtype}, {cache.width} values", "units": len(cache.units), **layers}
-    notes = ["norms: mean [1 %, 25 %, median, 75 %, 99 %]"]
-    listed = (
-        {unit["index"] for unit in read_manifest(path / "manifest.json")["units"]}
-        if (path / "manifest.json").is_file()
-        else set()
-    )
+    content = {**cache.contract, "rows": f"{cache.dtype}, {cache.width} values", "units": len(cache.units)}
+    if any(", norms " in line for line in layers.values()):
+        content["norms"] = "mean [1 %, 25 %, median, 75 %, 99 %]"
+    content |= layers
+    notes, listed, manifest = [], set(), path / "manifest.json"
+    try:
+        if manifest.is_file():
+            listed = {str(unit["index"]) for unit in read_manifest(manifest)["units"]}
+    except (ValueError, KeyError, TypeError) as error:
+        notes.append(f"{manifest}: damaged: {error}; the same ao collect writes it again")
+        listed = {unit.path.name for unit in cache.units}
     if new := {unit.path.name for unit in cache.units} - listed:
         notes.append(
             f"{len(new)} units are not in the manifest yet: it is being collected, or was stopped; the same ao collect goes on"
@@ -178,9 +182,16 @@ def _activations(path: Path) -> Found:
 
 def _plain(path: Path, files: Sequence[Path]) -> Found:
     """A plain file, or a folder of them: what the rows of the first one are, and how many all have."""
-    abouts = [_metadata(file) for file in files]
-    first, rows = abouts[0], Counter[str]()
-    for file, about in zip(files, abouts, strict=True):
+    abouts, damaged = {}, []
+    for file in files:
+        try:
+            abouts[file] = _metadata(file)
+        except ValueError:
+            damaged.append(f"{file}: damaged: its header cannot be read; the same ao collect writes it again")
+    if not abouts:
+        raise ValueError(damaged[0])
+    first, rows = next(iter(abouts.values())), Counter[str]()
+    for file, about in abouts.items():
         if lacking := [name for name in (*_OF_ONE_KIND, "rows") if name not in about]:
             raise ValueError(f"{file}: its header lacks {', '.join(lacking)}; collect it again")
         own = {name: about[name] for name in _OF_ONE_KIND}
@@ -191,7 +202,8 @@ def _plain(path: Path, files: Sequence[Path]) -> Found:
         rows.update(about["rows"])
     layers = {f"layer {layer}": f"{rows[layer]:,} rows" for layer in sorted(rows, key=int)}
     content = {**first["contract"], "rows": f"{first['dtype']}, {first['width']} values", "files": len(files), **layers}
-    return Found("plain", path, content={"content": content}, notes=["docs/activations.md shows how they are read"])
+    notes = [*damaged, "docs/activations.md shows how they are read"]
+    return Found("plain", path, content={"content": content}, notes=notes)
 
 
 def _unfinished(path: Path) -> Found:
