@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from ao.cache import INDEX, PLAIN, ActivationCache
 from ao.collect.wanted import Unit, Units
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LEFT_SECONDS = 3600.0
+"""After so long without a change a temporary file that its writer does not lock is one that a killed process left."""
+
+_LEFT = re.compile(r"\.([0-9a-f]{16})-\d{5}(-L\d{3,}|\.index|\.plain)\.safetensors\..+\.(?:partial|tmp)")
 
 
 def earlier_runs(
@@ -25,7 +37,10 @@ def earlier_runs(
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose another --out")
-    own = re.compile(r"\.?[0-9a-f]{16}-\d{5}(-L\d{3,}|\.index)\.safetensors(\..+\.partial)?|manifest\.json|norms\.png")
+    own = re.compile(
+        r"\.?[0-9a-f]{16}-\d{5}(-L\d{3,}|\.index)\.safetensors(\..+\.partial)?"
+        r"|manifest\.json|norms\.png|\.(manifest\.json|norms\.png)\.\d+\.tmp"
+    )
     if out.is_dir() and (strangers := [path.name for path in out.iterdir() if not own.fullmatch(path.name)]):
         raise FileExistsError(f"{out} holds {strangers[0]!r}, so it is no activation cache; choose another --out")
     if not any(path for path in out.glob(INDEX) if not path.name.startswith(run)):
@@ -40,6 +55,40 @@ def earlier_runs(
             + "; choose another --out or --dtype"
         )
     return cache
+
+
+def remove_leftovers(out: Path, *, finished: str | None = None) -> None:
+    """Remove what killed processes left of units, whatever run they were of; what a living one writes stays.
+
+    Args:
+        out: the folder.
+        finished: a run whose every process has finished; what is left of it goes at once.
+    """
+    for path in sorted(out.glob(".*")):
+        if not (left := _LEFT.fullmatch(path.name)):
+            continue
+        run, what = left.groups()
+        try:
+            if run == finished or (_is_free(path) if what.startswith("-L") else _is_old(path)):
+                path.unlink()
+        except FileNotFoundError:
+            continue  # its writer has finished, or another process was here first
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds the lock under which rows are written; where there are no locks nobody can tell."""
+    if fcntl is None:
+        return False
+    try:
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > LEFT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -96,7 +145,7 @@ def is_there(out: Path, run: str, number: int, units: Sequence[Unit]) -> bool:
 
 
 def plain_done(out: Path, run: str) -> set[int]:
-    """Numbers of a run's units whose plain files are there.
+    """Numbers of a run's units whose plain files are there, with headers that fit their lengths.
 
     Raises:
         FileExistsError: the folder holds a cache.
@@ -104,4 +153,13 @@ def plain_done(out: Path, run: str) -> set[int]:
     if out.is_dir() and any(out.glob(INDEX)):
         raise FileExistsError(f"{out} is an activation cache; choose another --out for plain files")
     suffix = PLAIN.removeprefix("*")
-    return {int(path.name.removesuffix(suffix).rpartition("-")[2]) for path in out.glob(f"{run}-*{suffix}")}
+    files = {path: int(path.name.removesuffix(suffix).rpartition("-")[2]) for path in out.glob(f"{run}-*{suffix}")}
+    return {number for path, number in files.items() if _has_fitting_header(path)}
+
+
+def _has_fitting_header(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (SafetensorError, OSError):
+        return False

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ao.cache import contract_of
 from ao.collect.handover import Handover
-from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining
+from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining, remove_leftovers
 from ao.collect.sinks import CacheSink, PlainSink, Sink, finish_cache
 from ao.collect.wanted import Unit
 from ao.config import ModelConfig
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 ALIKE = 0.9999
 """Least cosine between rows of a layer above which they are called alike."""
+SHARE_SECONDS = 1.0
+"""From so much collecting on, the summary says how much of it was waiting for the disk."""
 
 
 def collect(
@@ -65,7 +67,8 @@ def collect(
         progress: show a progress bar on stderr.
 
     Returns:
-        The record: rows, tokens, seconds, tokens per second, seconds in which forwards waited for the disk, statistics by layer.
+        The record: rows, tokens, seconds, tokens per second, and of the rank that collected longest the seconds, and those of
+        them in which forwards waited for the disk; statistics by layer.
 
     Raises:
         FileExistsError: `out` holds something else.
@@ -88,6 +91,8 @@ def collect(
             left = remaining(units, earlier_runs(out, run, contract, dtype=dtype))
             mine = left.numbers[here.rank :: here.world]
             done = {number for number in mine if is_there(out, run, number, left.units)}
+        if here.first:
+            remove_leftovers(out)
         todo = {number: left.units[number].num_tokens for number in mine if number not in done}
         tally = Tally(units_before=len(done))
         if todo:
@@ -103,7 +108,7 @@ def collect(
             collecting = time.perf_counter()
             bar = tqdm(
                 total=sum(todo.values()),
-                desc="collect",
+                desc="collect" if here.world == 1 else f"collect, rank 1 of {here.world}",
                 unit=" tokens",
                 unit_scale=True,
                 disable=not (progress and here.first),
@@ -122,7 +127,9 @@ def collect(
             tally.collect_seconds = time.perf_counter() - collecting
         tally.warn()
         record: dict[str, Any] = {"run": run, "units": len(units), **_together(tally, here)}
-        if here.first and not plain:
+        if here.first and plain:
+            remove_leftovers(out, finished=run)
+        elif here.first:
             record["layers"] = finish_cache(out)
         record["seconds"] = time.perf_counter() - started
         return {**record, "first_rank": here.first}
@@ -204,29 +211,36 @@ class Alike:
 
 
 def _together(tally: Tally, here: Ranks) -> dict[str, Any]:
-    """The counts of all ranks, added up; behind this every rank has finished."""
+    """The counts of all ranks, added up, and the seconds of the slowest; behind this every rank has finished."""
+    of_ranks = torch.zeros(here.world, 5, dtype=torch.float64)
     own = [tally.units_before, tally.rows, tally.tokens, tally.collect_seconds, tally.writer_seconds]
-    speed = tally.tokens / tally.collect_seconds if tally.collect_seconds else 0.0
-    sums = here.sum_(torch.tensor([*own, speed], dtype=torch.float64)).tolist()
-    units_before, rows, tokens, collect_seconds, writer_seconds, speed = sums
+    of_ranks[here.rank] = torch.tensor(own, dtype=torch.float64)
+    each = here.sum_(of_ranks).tolist()
+    units_before, rows, tokens, *_ = map(int, map(sum, zip(*each, strict=True)))
+    *_, collect_seconds, writer_seconds = max(each, key=lambda counts: counts[3])
     return {
-        "units_before": int(units_before),
-        "rows": int(rows),
-        "tokens": int(tokens),
+        "units_before": units_before,
+        "rows": rows,
+        "tokens": tokens,
         "collect_seconds": collect_seconds,
         "writer_seconds": writer_seconds,
-        "tokens_per_second": speed,
+        "tokens_per_second": tokens / collect_seconds if collect_seconds else 0.0,
     }
 
 
 def summary_text(out: str | Path, record: Mapping[str, Any]) -> str:
-    """What was collected, as a person wants to read it."""
+    """What was collected or imported, as a person wants to read it."""
     lines = [f"{out}: nothing was missing"]
-    if record.get("rows"):
-        share = record["writer_seconds"] / record["collect_seconds"]
+    if record["rows"] and "tokens" not in record:
+        lines = [f"{out}: {record['rows']:,} rows imported, {record['seconds']:.1f} s"]
+    elif record["rows"]:
+        collecting = record["collect_seconds"]
+        # Of less, the share is chance.
+        is_long = collecting >= SHARE_SECONDS
+        share = f", {record['writer_seconds'] / collecting:.1%} of them waiting for the disk" if is_long else ""
         lines = [
-            f"{out}: {record['rows']:,} rows of {record['tokens']:,} context tokens, {record['seconds']:.1f} s, "
-            f"{record['tokens_per_second']:,.0f} tokens/s, waiting for the disk took {share:.1%} of it"
+            f"{out}: {record['rows']:,} rows of {record['tokens']:,} context tokens, {record['seconds']:.1f} s; "
+            f"{record['tokens_per_second']:,.0f} tokens/s in {collecting:.1f} s of collecting{share}"
         ]
     for layer, of in record.get("layers", {}).items():
         norms = f"norms {of['mean']:.4g}, median {of['quantiles']['0.5']:.4g}" if "mean" in of else "none finite"

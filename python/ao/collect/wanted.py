@@ -210,8 +210,13 @@ def text_contexts(path: Path, oracle_framer: Framer) -> list[np.ndarray]:
     """The contexts of a JSONL file: an object a line, with `text` or `messages`.
 
     Raises:
-        ValueError: a line is neither; names it.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is neither, and names it; or there is none.
     """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: there is no such file; texts are a JSONL file, an object with text or messages a line"
+        )
     contexts = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -225,4 +230,6 @@ def text_contexts(path: Path, oracle_framer: Framer) -> list[np.ndarray]:
                 raise ValueError(
                     f"{path}: line {number}: expected an object with text or messages, got {line[:60]!r} ({error})"
                 ) from None
+    if not contexts:
+        raise ValueError(f"{path}: no contexts; expected one object with text or messages a line, got none")
     return contexts
