@@ -480,11 +480,11 @@ def _collect(command: Collect) -> dict[str, Any]:
     if command.tokens_per_row < 1:
         raise ValueError(f"--tokens-per-row {command.tokens_per_row}: expected 1 at least")
     if command.import_tensor is not None:
-        others = {name: getattr(command, name) for name in ("data", "texts", "prompt", "adapter", "dtype", "layers")}
-        if asked := [f"--{name}" for name, value in others.items() if value]:
-            raise ValueError(f"--import-tensor runs no model; leave {', '.join(asked)} out")
-        layers = import_tensor(command.import_tensor, str(command.sidecar), out=out)
-        record: dict[str, Any] = {"layers": layers, "first_rank": True}
+        of_a_model = ("data", "texts", "prompt", "layers", "positions", "adapter", "dtype", "format", "tokens_per_row")
+        if given := [name for name in of_a_model if getattr(command, name) != getattr(Collect, name)]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--import-tensor runs no model and writes a cache; leave {flags} out")
+        record = import_tensor(command.import_tensor, str(command.sidecar), out=out)
     else:
         wanted = units(
             recipe,

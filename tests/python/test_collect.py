@@ -1,15 +1,20 @@
 """`ao collect`: what it writes equals the library's hidden states, whoever writes it and however often it was stopped."""
 
+import fcntl
 import json
 import logging
+import os
 import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -20,12 +25,13 @@ from ao.collect import run, sinks, wanted
 from ao.collect.handover import Handover
 from ao.collect.imported import import_tensor
 from ao.collect.missing import remaining
-from ao.collect.run import Alike, collect
+from ao.collect.run import Alike, Tally, collect, summary_text
 from ao.collect.sinks import Sink
 from ao.collect.wanted import Unit, Units, every_position, units_of
 from ao.config import ModelConfig, Recipe, parse_recipe
-from ao.distributed import launch
+from ao.distributed import Ranks, launch
 from ao.inspection import inspect, text
+from ao.manifest import own_digest_problem
 from ao.models.load import load_model
 from ao.pack import pack
 from ao.residuals import Wanted
@@ -243,6 +249,11 @@ def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Modul
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected an object with text or messages"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"texts\.jsonl: no contexts; expected one object"):
+        wanted.units(recipe, texts=tmp_path / "texts.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: there is no such file; texts are a JSONL file"):
+        wanted.units(recipe, texts=tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="got several"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl", prompt="x")
     everywhere = wanted.units(recipe, positions="all")
@@ -270,7 +281,12 @@ def test_plain_files_are_read_with_numpy_alone(recipe: Recipe, target: torch.nn.
     assert about["rows"] == {str(layer): int((rows["layer"] == layer).sum()) for layer in np.unique(rows["layer"])}
     before = content(tmp_path / "plain")
     files[0].unlink()
-    collect(recipe.model, wanted.units(recipe), out=tmp_path / "plain", plain=True)
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    files[2].write_bytes(b"")
+    left = tmp_path / "plain" / f".{files[2].name}.123.tmp"
+    left.write_bytes(b"killed")
+    record = collect(recipe.model, wanted.units(recipe), out=tmp_path / "plain", plain=True)
+    assert record["units_before"] == len(files) - 3
     assert content(tmp_path / "plain") == before
 
 
@@ -288,8 +304,8 @@ def test_plain_files_are_inspected(recipe: Recipe, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "bare", metadata={"ao": '{"kind": "plain_activations"}'})
     with pytest.raises(ValueError, match=r"bare: its header lacks contract, dtype, width, rows; collect it again"):
         inspect(tmp_path / "bare")
-    with pytest.raises(ValueError, match="plain activations, without datapoints"):
-        inspect(out, check=True)
+    with pytest.raises(ValueError, match="plain activations, without datapoints; --row, --id and --plot are"):
+        inspect(out, rows=[0])
     collect(recipe.model, wanted.units(recipe, prompt="Hello?"), out=out, plain=True, dtype="F16")
     with pytest.raises(ValueError, match=r"plain\.safetensors: of the files in .*dtype 'F.*one by one"):
         inspect(out)
@@ -302,8 +318,13 @@ def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
     save_file({"resid": values}, tmp_path / "resid.safetensors")
     about = {"tensor": "resid", "layers": [4, 9], "ids": contexts, "contract": {"model": "m"}}
     (tmp_path / "about.json").write_text(json.dumps(about))
-    statistics = import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
-    assert {layer: of["rows"] for layer, of in statistics.items()} == {"4": 5, "9": 5}
+    record = import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
+    assert {layer: of["rows"] for layer, of in record["layers"].items()} == {"4": 5, "9": 5}
+    assert (record["rows"], record["units_before"]) == (10, 0)
+    assert summary_text("acts", record).startswith("acts: 10 rows imported, ")
+    record = import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
+    assert (record["rows"], record["units_before"]) == (0, 1)
+    assert summary_text("acts", record).startswith("acts: nothing was missing\n")
     cache = ActivationCache.open(tmp_path / "acts", contract={"model": "m"})
     ids = np.array(contexts[1], dtype=np.int32)
     got = torch.empty(4, 6, dtype=torch.bfloat16)
@@ -334,6 +355,41 @@ def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows of BF16 and 6 values, asked for were BF16 and 4"):
         import_tensor(tmp_path / "narrow.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
     assert content(tmp_path / "acts") == before
+
+
+def imported(folder: Path, values: torch.Tensor, ids: list[list[int]]) -> dict[str, Any]:
+    """Import values [tokens, layers, D] of layers from 0 on into `acts`."""
+    save_file({"resid": values}, folder / "resid.safetensors")
+    about = {"tensor": "resid", "layers": list(range(values.shape[1])), "ids": ids, "contract": {"model": "m"}}
+    (folder / "about.json").write_text(json.dumps(about))
+    return import_tensor(folder / "resid.safetensors", folder / "about.json", out=folder / "acts")
+
+
+def test_an_import_tells_of_rows_that_are_alike_or_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ao.collect.imported.ROWS", 2)
+    values = torch.randn(7, 2, 6)
+    values[:, 1] = torch.arange(1, 7)
+    values[1, 0, 3] = torch.nan
+    values[3:5] = values[:2]
+    with caplog.at_level(logging.WARNING):
+        record = imported(tmp_path, values, [[1, 2, 3], [1, 2, 4, 5]])
+    assert {layer: of["not_finite"] for layer, of in record["layers"].items()} == {"0": 1, "1": 0}
+    [warning] = caplog.messages
+    assert warning.startswith("layer 1: its 5 rows are all alike")
+    assert verify(tmp_path / "acts") == []
+    values[3, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="tokens 0 and 3 were read after the same ids"):
+        imported(tmp_path, values, [[1, 2, 3], [1, 2, 4, 5]])
+
+
+def test_the_first_rank_alone_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert imported(tmp_path, torch.randn(1, 1, 6), [[1]]) == {"first_rank": False}
+    assert not (tmp_path / "acts").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert imported(tmp_path, torch.randn(1, 1, 6), [[1]])["first_rank"]
 
 
 def test_vectors_that_are_all_alike_are_told(
@@ -480,6 +536,98 @@ def test_units_do_not_depend_on_how_they_are_built(recipe: Recipe, unit_tokens: 
     assert [units[number].digest for number in reversed(range(len(units)))] == [unit.digest for unit in units][::-1]
 
 
+def test_what_a_kill_left_is_removed(recipe: Recipe, tmp_path: Path) -> None:
+    out, units, other = tmp_path / "acts", wanted.units(recipe), "0123456789abcdef"
+    out.mkdir()
+    rows, index = f".{other}-00000-L001.safetensors.5.0.partial", f".{other}-00000.index.safetensors.5.1.partial"
+    held, fresh = rows.replace("L001", "L003"), index.replace("00000", "00001")
+    for name in (".manifest.json.5.tmp", ".norms.png.5.tmp", rows, index, held, fresh):
+        (out / name).write_bytes(b"half")
+    os.utime(out / index, (0, 0))
+    with open(out / held, "rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        collect(recipe.model, units, out=out)
+    assert sorted(path.name for path in out.glob(".*")) == sorted([held, fresh])
+    assert verify(out) == []
+    assert collect(recipe.model, units, out=out)["rows"] == 0
+    assert [path.name for path in out.glob(".*")] == [fresh]
+
+
+def test_ranks_tell_the_speed_of_all_and_the_time_of_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = torch.tensor([1.0, 5, 300, 10, 4], dtype=torch.float64)
+    monkeypatch.setattr(Ranks, "sum_", lambda here, counts: counts + torch.stack([torch.zeros(5), other]))
+    tally = Tally(units_before=2, rows=3, tokens=100, collect_seconds=2, writer_seconds=2)
+    record = run._together(tally, Ranks(rank=0, world=2, device=torch.device("cpu")))
+    counts = {"units_before": 3, "rows": 8, "tokens": 400, "tokens_per_second": 40}
+    assert record == {**counts, "collect_seconds": 10, "writer_seconds": 4}
+    line = summary_text("acts", {**record, "seconds": 12.5})
+    assert line == (
+        "acts: 8 rows of 400 context tokens, 12.5 s; 40 tokens/s in 10.0 s of collecting, 40.0% of them waiting for the disk"
+    )
+    quick = {**record, "seconds": 1, "collect_seconds": 0.5, "writer_seconds": 0.4}
+    assert "waiting" not in summary_text("acts", quick)
+
+
+def test_every_flipped_byte_of_a_plain_file_is_found(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    collect(recipe.model, wanted.units(recipe, prompt="Hello?"), out=out, plain=True)
+    [file] = out.iterdir()
+    whole = file.read_bytes()
+    assert text(inspect(out, check=True)) == f"{out}: checked 1 files: all is well"
+    assert inspect(file, check=True)["ok"]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(0, header, 7), *range(header, len(whole), 997), len(whole) - 1]:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        problem = own_digest_problem(file)
+        assert problem is not None, place
+        assert str(file) in problem, place
+    result = inspect(out, check=True)
+    assert not result["ok"]
+    assert f"{file}: damaged: it has sha256" in text(result)
+    (out / file.name.replace("00000.", "00001.")).write_bytes(whole[:100])
+    assert len(inspect(out, check=True)["problems"]) == 2
+    assert "00001.plain.safetensors: damaged: its header cannot be read" in text(inspect(out))
+
+
+@pytest.fixture(scope="module")
+def some_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A cache and its manifest."""
+    folder = tmp_path_factory.mktemp("cache")
+    imported(folder, torch.randn(4, 2, 6), [[1, 2, 3, 4]])
+    return folder / "acts", (folder / "acts" / "manifest.json").read_bytes()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["units", "index", "xxh3", "rows"]) | st.text(), inner)
+    ),
+    max_leaves=12,
+)
+MANIFESTS = (
+    ANYTHING
+    | st.fixed_dictionaries({"units": ANYTHING})
+    | st.fixed_dictionaries({"units": st.lists(st.fixed_dictionaries({"index": ANYTHING, "xxh3": ANYTHING}))})
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+@given(drawn=st.data())
+def test_no_manifest_breaks_a_cache(some_cache: tuple[Path, bytes], drawn: st.DataObject) -> None:
+    """Rows are found without it; whoever reads it names it, or passes."""
+    out, whole = some_cache
+    manifest = out / "manifest.json"
+    if drawn.draw(st.booleans()):
+        manifest.write_text(json.dumps(drawn.draw(MANIFESTS)))
+    else:
+        start, end = sorted(drawn.draw(st.integers(0, len(whole))) for _ in range(2))
+        manifest.write_bytes(whole[:start] + drawn.draw(st.binary(max_size=8)) + whole[end:])
+    assert len(ActivationCache.open(out).layer(0)) == 4
+    assert all(line.startswith(str(out)) or "missing, though manifest.json lists it" in line for line in verify(out))
+    text(inspect(out))
+    text(inspect(out, check=True))
+
+
 def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "acts"
     collect(recipe.model, wanted.units(recipe), out=out)
@@ -487,6 +635,8 @@ def test_a_cache_is_inspected(recipe: Recipe, tmp_path: Path) -> None:
     assert re.search(r"acts: an activation cache\n", page)
     assert re.search(r"\n  layer 3 +\d+ rows, norms [\d.]+ \[", page)
     assert inspect(out, check=True)["ok"]
+    assert re.search(r"\n  norms +mean \[1 %, 25 %, median, 75 %, 99 %\]\n", page)
+    assert "norms" not in text(inspect(out, check=True))
     inspect(out, plot=tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes() == (out / "norms.png").read_bytes()
     (out / "manifest.json").unlink()
@@ -513,4 +663,9 @@ def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stop:
         cli.main(["collect", str(path), "--import-tensor", "x.safetensors"])
     assert stop.value.code == 2
+    capsys.readouterr()
+    for flags in (["--format", "safetensors"], ["--positions", "all"], ["--tokens-per-row", "99"]):
+        with pytest.raises(SystemExit):
+            cli.main(["collect", str(path), "--import-tensor", "x.safetensors", "--sidecar", "x.json", *flags])
+        assert f"runs no model and writes a cache; leave {flags[0]} out" in capsys.readouterr().err
     assert replace(recipe.model, target=None) == recipe.model

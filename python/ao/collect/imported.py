@@ -5,6 +5,8 @@ Shapes: T tokens, L layers, K rows, D d_model.
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +18,19 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from ao._ao import input_digest
-from ao.collect.missing import earlier_runs, remaining
+from ao.collect.missing import earlier_runs, is_there, remaining, remove_leftovers
+from ao.collect.run import Alike, Tally
 from ao.collect.sinks import CacheSink, finish_cache
 from ao.collect.wanted import Unit
 from ao.manifest import fingerprint
 from ao.residuals import ROW_TYPES
 
+ROWS = 2**16
+"""Rows that are put into the cache together."""
+
 
 def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> dict[str, Any]:
-    """Put activations that another tool saved into a cache.
+    """Put activations that another tool saved into a cache; of several processes of torchrun the first alone does it.
 
     Args:
         file: a safetensors file with one tensor [tokens, layers, D].
@@ -34,11 +40,15 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
         out: folder of the cache.
 
     Returns:
-        The statistics by layer.
+        The record: rows, seconds, units, those that were there before, statistics by layer; and whether this is the first
+        rank.
 
     Raises:
         ValueError: sidecar and tensor do not agree.
     """
+    if int(os.environ.get("RANK", "0")):
+        return {"first_rank": False}
+    started = time.perf_counter()
     about = Sidecar.read(sidecar)
     with safe_open(file, framework="pt") as opened:
         if about.tensor not in opened.keys():  # noqa: SIM118 - the file is no mapping
@@ -56,7 +66,10 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
     keys = unit.keys()[:: shape[1]]
     _, first, serving = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     same = torch.from_numpy(first[serving.reshape(-1)])
-    if len(differing := (values_TLD[same] != values_TLD).flatten(1).any(dim=1).nonzero().flatten()):
+    again_TLD = values_TLD[same]
+    # What is no number equals nothing, itself included.
+    differs_TLD = (again_TLD != values_TLD) & ~(again_TLD.isnan() & values_TLD.isnan())
+    if len(differing := differs_TLD.flatten(1).any(dim=1).nonzero().flatten()):
         row = int(differing[0])
         raise ValueError(
             f"{file}: tokens {int(same[row])} and {row} were read after the same ids, and have other activations; were the "
@@ -65,19 +78,36 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
     out, dtype, width = Path(out), names[values_TLD.dtype], values_TLD.shape[2]
     run = fingerprint(about.contract, dtype, unit.digest, input_digest(str(file)))[:16]
     [left] = remaining([unit], earlier_runs(out, run, about.contract, dtype=dtype, width=width)).units
-    sink = CacheSink(out, run, 0, about.contract, left, dtype=dtype, width=width)
-    starts = np.cumsum([0, *map(len, contexts)])
-    try:
-        for column, layer in enumerate(about.layers):
-            indices = np.flatnonzero(left.wanted.layers == layer)
-            tokens = starts[left.wanted.contexts[indices]] + left.wanted.positions[indices]
-            rows_KD = values_TLD[torch.from_numpy(tokens), column].contiguous()
-            sink.append(layer, indices, rows_KD.float().norm(dim=1), rows_KD)
-        sink.finish()
-    except BaseException:
-        sink.abandon()
-        raise
-    return finish_cache(out)
+    remove_leftovers(out)
+    is_done = is_there(out, run, 0, [left])
+    tally = Tally(units_before=int(is_done))
+    if not is_done and len(left.wanted.layers):
+        sink = CacheSink(out, run, 0, about.contract, left, dtype=dtype, width=width)
+        starts = np.cumsum([0, *map(len, contexts)])
+        try:
+            for column, layer in enumerate(about.layers):
+                of_layer = np.flatnonzero(left.wanted.layers == layer)
+                for indices in np.split(of_layer, range(ROWS, len(of_layer), ROWS)):
+                    tokens = starts[left.wanted.contexts[indices]] + left.wanted.positions[indices]
+                    rows_KD = values_TLD[torch.from_numpy(tokens), column].contiguous()
+                    norms_K = rows_KD.float().norm(dim=1)
+                    tally.alike.setdefault(layer, Alike()).see(rows_KD, norms_K)
+                    sink.append(layer, indices, norms_K, rows_KD)
+                    tally.rows += len(indices)
+            sink.finish()
+        except BaseException:
+            sink.abandon()
+            raise
+    tally.warn()
+    return {
+        "run": run,
+        "units": 1,
+        "units_before": tally.units_before,
+        "rows": tally.rows,
+        "layers": finish_cache(out),
+        "seconds": time.perf_counter() - started,
+        "first_rank": True,
+    }
 
 
 @dataclass(frozen=True)
