@@ -115,8 +115,8 @@ def document_attention(
         )
     if softcap is None and _fits_varlen(query, documents, sliding_window):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
-    unpacked = zip(*(_unpack(states, documents) for states in (query, key, value)), strict=True)
-    outputs = [_rectangle(*states, scaling, sliding_window, softcap) for states in unpacked]
+    unpacked = zip(_unpack(query, documents), _unpack(key, documents), _unpack(value, documents), strict=True)
+    outputs = [_rectangle(q, k, v, scaling, sliding_window, softcap) for q, k, v in unpacked]
     # [N, H, S, E] of each to [N * S, H, E].
     output = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
     return output.index_select(0, documents.slots_T).unsqueeze(0), None
