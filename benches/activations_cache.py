@@ -46,7 +46,7 @@ READERS = ("view", "gather")
 """Ours: `layer[first:end]`, and the copy that a batch is made with."""
 PEERS = ("safetensors", "torch_mmap", "numpy_memmap", "arrow", "zarr", "tensorstore")
 COLD = ("mmap", "auto", "direct", "hinted")
-SEQUENTIAL = ("view", "memcpy", "safetensors", "numpy_memmap")
+SEQUENTIAL = ("memcpy", "safetensors", "numpy_memmap")
 OPTIONAL = ("zarr", "tensorstore")
 """Peers that are compared where they are installed."""
 
@@ -273,10 +273,15 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
             note = f"{what}; mmap: a default NumPy map, one window after the other; read per byte wanted: {amounts}"
             note += "; target 10 times" if (mode, figure) == ("auto", "batch") else ""
             made.append(compared(f"cold_windows_{figure}/{mode}", "us/window", each, f"{figure}_us", note=note))
-    runs = in_turns(args, "sequential", SEQUENTIAL)
-    first = ", ".join(f"{way} {statistics.median(run['first']):.3g}" for way, run in runs.items())
-    note = f"into one array, one thread; the first pass, which also maps the pages: {first}; target: memcpy"
-    return [*made, compared("sequential", "GB/s", runs, "gb_per_second", more_is_better=True, note=note)]
+    runs = in_turns(args, "sequential", (*READERS, *SEQUENTIAL))
+    for way in READERS:
+        each = {name: runs[name] for name in (way, *SEQUENTIAL)}
+        first = ", ".join(f"{name} {statistics.median(run['first']):.3g}" for name, run in each.items())
+        threads = "all cores" if way == "gather" else "one thread"
+        note = f"{BATCH} rows at a time into one array, {threads}, peers one thread; the first pass, which also maps the "
+        note += f"pages of those that map: {first}; target: memcpy"
+        made.append(compared(f"sequential/{way}", "GB/s", each, "gb_per_second", more_is_better=True, note=note))
+    return made
 
 
 def rows_file(folder: Path) -> Path:

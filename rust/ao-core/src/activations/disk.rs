@@ -22,6 +22,14 @@ impl Aligned {
         let start = bytes.as_ptr().align_offset(PAGE);
         Self { bytes, start, length }
     }
+
+    /// The first `length` bytes, in a new place where there are fewer.
+    pub(crate) fn at_least(&mut self, length: usize) -> &mut [u8] {
+        if self.length < length {
+            *self = Self::new(length);
+        }
+        &mut self[..length]
+    }
 }
 
 impl Deref for Aligned {

@@ -3,9 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-
-use rayon::prelude::*;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use super::disk::{Aligned, PAGE, open_past_cache, read_at};
 use super::index::Unit;
@@ -18,8 +17,12 @@ const GAP_BYTES: u64 = 16 << 10;
 const WINDOW_BYTES: u64 = 1 << 20;
 /// Reads that are under way at once past the page cache.
 const THREADS: usize = 8;
+/// So much and more is copied from the page cache by several threads: one core does not use all of the memory's speed.
+const SHARED_BYTES: usize = 4 << 20;
 /// Windows that are looked at to see where the rows are.
 const SAMPLE: usize = 8;
+/// Files of a layer that stay open: a process may often have no more than 1,024 in all.
+const KEPT_OPEN: usize = 64;
 
 /// Where rows are read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,20 +58,25 @@ impl Mode {
 /// Where a row is: number of the file, and of the row in it.
 pub type Place = (u32, u32);
 
-/// Open files of rows of one layer.
+/// Files of rows of one layer.
 pub struct RowReader {
     files: Vec<RowFile>,
     /// Rows up to and with each file.
     ends: Vec<u64>,
     row_bytes: u64,
-    pool: OnceLock<rayon::ThreadPool>,
+    /// File n stays open at place n modulo their number, until another one wants the place.
+    kept: Vec<Mutex<Option<Arc<OpenFile>>>>,
 }
 
 struct RowFile {
     path: PathBuf,
     rows: u64,
+}
+
+struct OpenFile {
+    number: u32,
     cached: File,
-    /// Opened when it is first wanted: files that are open are counted.
+    /// For reading past the page cache, if that can be; opened when it is first wanted.
     direct: OnceLock<Option<File>>,
 }
 
@@ -83,7 +91,7 @@ struct Window<S> {
 type Slot<'a> = &'a mut [u8];
 
 impl RowReader {
-    /// Open files of rows.
+    /// Look at files of rows.
     ///
     /// # Errors
     /// If one is missing, cut, or not the file that its name says.
@@ -93,7 +101,8 @@ impl RowReader {
         for at in 1..ends.len() {
             ends[at] += ends[at - 1];
         }
-        Ok(Self { files, ends, row_bytes: row.bytes() as u64, pool: OnceLock::new() })
+        let kept = files.iter().take(KEPT_OPEN).map(|_| Mutex::new(None)).collect();
+        Ok(Self { files, ends, row_bytes: row.bytes() as u64, kept })
     }
 
     /// Rows in all files.
@@ -124,30 +133,30 @@ impl RowReader {
         }
         let slots = out.chunks_exact_mut(self.row_bytes as usize);
         let mut windows = self.windows(places.iter().copied().zip(slots).collect())?;
-        let mode = if mode == Mode::Auto { self.mode_of(&windows) } else { mode };
-        let scratch = &mut Vec::new();
+        let mode = if mode == Mode::Auto { self.mode_of(&windows)? } else { mode };
         match mode {
-            Mode::Warm => windows.iter_mut().try_for_each(|window| self.read_cached(window, scratch)),
+            Mode::Warm => self.read_warm(&mut windows, expected),
             Mode::Hinted => {
-                for window in &windows {
-                    self.announce(window);
-                }
-                windows.iter_mut().try_for_each(|window| self.read_cached(window, scratch))
+                windows.iter().try_for_each(|window| self.announce(window))?;
+                self.read_warm(&mut windows, expected)
             }
-            Mode::Direct => self.read_direct(&mut windows),
+            Mode::Direct => on_threads(&mut windows, THREADS, |scratch, window| self.read_direct(window, scratch)),
             Mode::Auto => unreachable!("it stands for one of the others"),
         }
     }
 
     /// What `Auto` stands for, by the first byte of a few windows.
-    fn mode_of<S>(&self, windows: &[Window<S>]) -> Mode {
-        let sample = windows.iter().step_by(windows.len().div_ceil(SAMPLE).max(1));
-        let resident = sample.map(|window| self.is_resident(window));
-        match resident.fold((true, false), |(all, any), there| (all && there, any || there)) {
+    fn mode_of<S>(&self, windows: &[Window<S>]) -> Result<Mode> {
+        let (mut all, mut any) = (true, false);
+        for window in windows.iter().step_by(windows.len().div_ceil(SAMPLE).max(1)) {
+            let there = is_resident(&self.opened(window.file)?.cached, self.offset(window.first));
+            (all, any) = (all && there, any || there);
+        }
+        Ok(match (all, any) {
             (true, _) => Mode::Warm,
             (_, true) => Mode::Hinted,
             _ => Mode::Direct,
-        }
+        })
     }
 
     /// The file and the row there of each row, counted over all files.
@@ -173,10 +182,7 @@ impl RowReader {
     /// If a place is in no file.
     pub fn prefetch(&self, places: &[Place]) -> Result<()> {
         let nowhere = places.iter().map(|&place| (place, ())).collect();
-        for window in self.windows(nowhere)? {
-            self.announce(&window);
-        }
-        Ok(())
+        self.windows(nowhere)?.iter().try_for_each(|window| self.announce(window))
     }
 
     fn windows<S>(&self, mut wanted: Vec<(Place, S)>) -> Result<Vec<Window<S>>> {
@@ -209,8 +215,21 @@ impl RowReader {
         Ok(windows)
     }
 
-    fn file<S>(&self, window: &Window<S>) -> &RowFile {
-        &self.files[window.file as usize]
+    fn path<S>(&self, window: &Window<S>) -> &Path {
+        &self.files[window.file as usize].path
+    }
+
+    fn opened(&self, number: u32) -> Result<Arc<OpenFile>> {
+        let place = &self.kept[number as usize % self.kept.len()];
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*place {
+            Some(file) if file.number == number => Ok(Arc::clone(file)),
+            _ => {
+                let file = Arc::new(OpenFile::open(number, &self.files[number as usize].path)?);
+                *place = Some(Arc::clone(&file));
+                Ok(file)
+            }
+        }
     }
 
     fn offset(&self, row: u64) -> u64 {
@@ -229,80 +248,88 @@ impl RowReader {
         }
     }
 
-    fn read_cached(&self, window: &mut Window<Slot<'_>>, scratch: &mut Vec<u8>) -> Result<()> {
-        let file = self.file(window);
-        let failed = |error| Error::io(&file.path, "reading", error);
+    fn read_warm(&self, windows: &mut [Window<Slot<'_>>], bytes: usize) -> Result<()> {
+        let cores = if bytes < SHARED_BYTES { 1 } else { thread::available_parallelism().map_or(1, usize::from) };
+        on_threads(windows, cores.min(THREADS), |scratch, window| self.read_cached(window, scratch))
+    }
+
+    fn read_cached(&self, window: &mut Window<Slot<'_>>, scratch: &mut Aligned) -> Result<()> {
+        let (file, path) = (self.opened(window.file)?, self.path(window));
+        let failed = |error| Error::io(path, "reading", error);
         if window.rows.iter().map(|(row, _)| *row).eq(window.first..window.end)
             && read_into_slots(&file.cached, &mut window.rows, self.offset(window.first)).map_err(failed)?
         {
             return Ok(());
         }
-        scratch.resize(self.length(window), 0);
-        read_exact(&file.cached, &file.path, scratch, self.offset(window.first))?;
-        self.deal(window, scratch);
+        let bytes = scratch.at_least(self.length(window));
+        read_exact(&file.cached, path, bytes, self.offset(window.first))?;
+        self.deal(window, bytes);
         Ok(())
     }
 
-    /// Whether the page cache has the first byte of a window.
-    fn is_resident<S>(&self, window: &Window<S>) -> bool {
-        is_resident(&self.file(window).cached, self.offset(window.first))
-    }
-
-    fn read_direct(&self, windows: &mut [Window<Slot<'_>>]) -> Result<()> {
-        let one = |scratch: &mut Aligned, window: &mut Window<Slot<'_>>| {
-            let file = self.file(window);
-            let failed = |error| Error::io(&file.path, "reading", error);
-            let Some(direct) = file.direct().map_err(failed)? else {
-                return self.read_cached(window, &mut Vec::new());
-            };
-            let (start, length) = (self.offset(window.first), self.length(window));
-            let from = start / PAGE as u64 * PAGE as u64;
-            let skipped = (start - from) as usize;
-            let wanted = (skipped + length).next_multiple_of(PAGE);
-            if scratch.len() < wanted {
-                *scratch = Aligned::new(wanted);
-            }
-            let mut read = 0;
-            while read < skipped + length {
-                // A read that ends within a page has met the end of the file.
-                let more = if read.is_multiple_of(PAGE) {
-                    read_at(direct, &mut scratch[read..wanted], from + read as u64)
-                } else {
-                    Ok(0)
-                };
-                match more {
-                    Ok(0) => return Err(cut(&file.path, start + length as u64)),
-                    Ok(more) => read += more,
-                    // Some file systems take the flag and refuse the read.
-                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                        return self.read_cached(window, &mut Vec::new());
-                    }
-                    Err(error) => return Err(failed(error)),
-                }
-            }
-            self.deal(window, &scratch[skipped..skipped + length]);
-            Ok(())
+    fn read_direct(&self, window: &mut Window<Slot<'_>>, scratch: &mut Aligned) -> Result<()> {
+        let (file, path) = (self.opened(window.file)?, self.path(window));
+        let failed = |error| Error::io(path, "reading", error);
+        let Some(direct) = file.direct(path).map_err(failed)? else {
+            return self.read_cached(window, scratch);
         };
-        if windows.len() <= 1 {
-            return windows.iter_mut().try_for_each(|window| one(&mut Aligned::new(0), window));
+        let (start, length) = (self.offset(window.first), self.length(window));
+        let from = start / PAGE as u64 * PAGE as u64;
+        let skipped = (start - from) as usize;
+        let bytes = scratch.at_least((skipped + length).next_multiple_of(PAGE));
+        let mut read = 0;
+        while read < skipped + length {
+            // A read that ends within a page has met the end of the file.
+            let more = if read.is_multiple_of(PAGE) {
+                read_at(direct, &mut bytes[read..], from + read as u64)
+            } else {
+                Ok(0)
+            };
+            match more {
+                Ok(0) => return Err(cut(path, start + length as u64)),
+                Ok(more) => read += more,
+                // Some file systems take the flag and refuse the read.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    return self.read_cached(window, scratch);
+                }
+                Err(error) => return Err(failed(error)),
+            }
         }
-        let pool = self.pool.get_or_init(|| {
-            rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().expect("the system gives eight threads")
-        });
-        pool.install(|| windows.par_iter_mut().try_for_each_init(|| Aligned::new(0), one))
+        self.deal(window, &bytes[skipped..skipped + length]);
+        Ok(())
     }
 
-    #[cfg(target_os = "linux")]
-    fn announce<S>(&self, window: &Window<S>) {
-        use rustix::fs::{Advice, fadvise};
-
-        let length = std::num::NonZeroU64::new(self.length(window) as u64);
-        // A hint; without it the rows are read all the same.
-        let _ = fadvise(&self.file(window).cached, self.offset(window.first), length, Advice::WillNeed);
+    /// Tell the system that a window is wanted soon.
+    fn announce<S>(&self, window: &Window<S>) -> Result<()> {
+        will_need(&self.opened(window.file)?.cached, self.offset(window.first), self.length(window) as u64);
+        Ok(())
     }
+}
 
-    #[cfg(not(target_os = "linux"))]
-    fn announce<S>(&self, _window: &Window<S>) {}
+/// Do something with each window, several at once, each thread with a buffer of its own.
+///
+/// The threads are made anew: those of a pool would be missing in a process that was forked, which would wait for ever.
+fn on_threads<W: Send>(
+    windows: &mut [W],
+    threads: usize,
+    work: impl Fn(&mut Aligned, &mut W) -> Result<()> + Sync,
+) -> Result<()> {
+    if threads <= 1 || windows.len() <= 1 {
+        let scratch = &mut Aligned::new(0);
+        return windows.iter_mut().try_for_each(|window| work(scratch, window));
+    }
+    let threads = threads.min(windows.len());
+    let left = Mutex::new(windows.iter_mut());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let one = || {
+        let scratch = &mut Aligned::new(0);
+        std::iter::from_fn(next).try_for_each(|window| work(scratch, window))
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(one)).collect();
+        let own = one();
+        others.into_iter().map(|other| other.join().expect("a thread that reads does not panic")).fold(own, Result::and)
+    })
 }
 
 impl RowFile {
@@ -320,32 +347,31 @@ impl RowFile {
         let own = Unit::rows_name_of(&about);
         let is_own = own.as_deref().is_some_and(|own| path.file_name().is_some_and(|name| name == own));
         match rows.filter(|rows| is_own && size == HEADER_BYTES as u64 + rows * row.bytes() as u64) {
-            // Windows are what is wanted; what lies behind them is not.
-            #[cfg(target_os = "linux")]
-            Some(_) => drop(rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::Random)),
-            #[cfg(not(target_os = "linux"))]
-            Some(_) => {}
-            None => {
-                return Err(Error::cached(
-                    path,
-                    format!(
-                        "damaged or another's: {size} bytes, and by its header {} with {} rows of {} {} values",
-                        own.unwrap_or_else(|| "no file of a cache".to_owned()),
-                        rows.map_or_else(|| "no".to_owned(), |rows| rows.to_string()),
-                        row.width,
-                        row.name(),
-                    ),
-                ));
-            }
+            Some(rows) => Ok(Self { path: path.to_path_buf(), rows }),
+            None => Err(Error::cached(
+                path,
+                format!(
+                    "damaged or another's: {size} bytes, and by its header {} with {} rows of {} {} values",
+                    own.unwrap_or_else(|| "no file of a cache".to_owned()),
+                    rows.map_or_else(|| "no".to_owned(), |rows| rows.to_string()),
+                    row.width,
+                    row.name(),
+                ),
+            )),
         }
-        let rows = rows.expect("it was looked at");
-        Ok(Self { path: path.to_path_buf(), rows, cached, direct: OnceLock::new() })
+    }
+}
+
+impl OpenFile {
+    fn open(number: u32, path: &Path) -> Result<Self> {
+        let cached = File::open(path).map_err(|error| Error::io(path, "opening", error))?;
+        only_windows(&cached);
+        Ok(Self { number, cached, direct: OnceLock::new() })
     }
 
-    /// The file for reading past the page cache, if that can be.
-    fn direct(&self) -> io::Result<Option<&File>> {
+    fn direct(&self, path: &Path) -> io::Result<Option<&File>> {
         if self.direct.get().is_none() {
-            let opened = open_past_cache(&self.path)?;
+            let opened = open_past_cache(path)?;
             return Ok(self.direct.get_or_init(|| opened).as_ref());
         }
         Ok(self.direct.get().and_then(Option::as_ref))
@@ -386,6 +412,25 @@ fn read_into_slots(file: &File, rows: &mut [(u64, Slot<'_>)], offset: u64) -> io
 fn read_into_slots(_file: &File, _rows: &mut [(u64, Slot<'_>)], _offset: u64) -> io::Result<bool> {
     Ok(false)
 }
+
+/// Windows are what is wanted of a file; what lies behind them is not.
+#[cfg(target_os = "linux")]
+fn only_windows(file: &File) {
+    // A hint, as below.
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn only_windows(_file: &File) {}
+
+#[cfg(target_os = "linux")]
+fn will_need(file: &File, offset: u64, length: u64) {
+    // Without it the rows are read all the same.
+    let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), rustix::fs::Advice::WillNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn will_need(_file: &File, _offset: u64, _length: u64) {}
 
 /// Whether a byte can be read without waiting for the disk; where the file system cannot tell, it is taken to be so.
 #[cfg(target_os = "linux")]
