@@ -278,7 +278,9 @@ def read(args: argparse.Namespace) -> list[dict[str, Any]]:
         each = {name: runs[name] for name in (way, *SEQUENTIAL)}
         first = ", ".join(f"{name} {statistics.median(run['first']):.3g}" for name, run in each.items())
         threads = "all cores" if way == "gather" else "one thread"
-        note = f"{BATCH} rows at a time into one array, {threads}, peers one thread; the first pass, which also maps the "
+        note = (
+            f"{BATCH} rows at a time into one array, {threads}, peers one thread; the first pass, which also maps the "
+        )
         note += f"pages of those that map: {first}; target: memcpy"
         made.append(compared(f"sequential/{way}", "GB/s", each, "gb_per_second", more_is_better=True, note=note))
     return made

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ao.batch import Batch
 from ao.models.arch import Arch, capped_, full_precision, logits
 
-CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**24}
+CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**23}
 """fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
 size, a CPU what its cache holds."""
 
@@ -100,8 +100,9 @@ class _AnswerLoss(torch.autograd.Function):
         weights_A = labels.weights_A if labels.weights_A is not None else labels.ids_A.new_ones((), dtype=torch.float32)
         weights_A = weights_A.expand(len(labels.ids_A))
         total = resid_AD.new_zeros((), dtype=torch.promote_types(resid_AD.dtype, torch.float32))
-        gradients, chunk = [], chunk_of(arch, resid_AD.device)
-        chunks = (resid_AD.detach().split(chunk), labels.ids_A.split(chunk), weights_A.split(chunk))
+        # Chunks of one size: a short last one would run at a fraction of the others' speed.
+        gradients, num = [], -(-len(labels.ids_A) // chunk_of(arch, resid_AD.device))
+        chunks = (each.tensor_split(num) for each in (resid_AD.detach(), labels.ids_A, weights_A))
         for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 chunk_KD = chunk_KD.detach().requires_grad_(ctx.needs_input_grad[0])

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from ao.models import adapters
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
 from conftest import sequences, small_model
@@ -56,6 +57,14 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_does(tmp_path, gemma, r
         assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, plain, atol=1e-2)
 
 
+class SameDraws(torch.nn.Dropout):
+    """Dropout with the masks of the lean forward."""
+
+    def forward(self, x):
+        dropped, _, keep = adapters._dropout(x.reshape(-1, x.shape[-1]), self.p)
+        return dropped.view(x.shape) / keep
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_lean_forward_is_pefts(tmp_path, dropout, rng):
     model = small_model("gemma4_text")
@@ -64,6 +73,9 @@ def test_the_lean_forward_is_pefts(tmp_path, dropout, rng):
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
+    for module in peft.modules():
+        if dropout and isinstance(module, LoraLayer):
+            module.lora_dropout[adapters.NAME] = SameDraws(dropout)
     ids = torch.from_numpy(sequences(rng, [9])[0])[None]
 
     def run():
@@ -87,6 +99,19 @@ def test_the_lean_forward_is_pefts(tmp_path, dropout, rng):
     with as_target(model):
         bare = model(input_ids=ids, use_cache=False).logits
     assert not torch.equal(bare, logits)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_drops_its_share(p):
+    torch.manual_seed(0)
+    x = torch.ones(999, 1001)
+    dropped, mask, keep = adapters._dropout(x, p)
+    assert abs(keep - (1 - p)) < 1e-5
+    assert torch.equal(dropped, mask.float())
+    assert abs(mask.float().mean() - keep) < 4 * (p * (1 - p) / x.numel()) ** 0.5
+    # Neighbours come from one draw, and are independent all the same.
+    neighbours = mask.flatten()[:-1] & mask.flatten()[1:]
+    assert abs(neighbours.float().mean() - keep**2) < 8 * (p / x.numel()) ** 0.5
 
 
 PREFIXES = [
