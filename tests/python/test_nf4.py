@@ -20,19 +20,10 @@ from ao.models.adapters import add_adapter, as_oracle
 from ao.models.load import fuse_norms, load_model
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
-from conftest import GEMMA_4, sequences
+from conftest import GEMMA_4, VISION, sequences
 
 # Blocks of 64 weights, and rows in the multiples of 32 that the repacking takes.
 TEXT = {**GEMMA_4, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 32}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "global_head_dim": 16,
-}
 
 
 def randomized(model: torch.nn.Module) -> torch.nn.Module:
