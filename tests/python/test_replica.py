@@ -22,6 +22,7 @@ from transformers import (
 from ao import replica
 from ao.config import ModelConfig
 from ao.distributed import Ranks
+from ao.models.arch import layers_in_whole
 from ao.models.load import load_model
 from ao.replica import load_replica
 from conftest import GEMMA_4, SMALL, VISION
@@ -86,8 +87,10 @@ def test_one_rank_reads_the_original_and_all_have_its_numbers(
     assert read[0] == config.name
     assert config.name not in read[1:]
     assert len(read) == 4  # the first rank looks whether what it kept can be read
-    alone = numbers(load_model(config))
+    one = load_model(config)
+    alone = numbers(one)
     for model in (*models, later):
+        assert layers_in_whole(model) == layers_in_whole(one)
         found = numbers(model)
         assert found.keys() == alone.keys()
         assert all(torch.equal(found[name], alone[name]) for name in alone)
