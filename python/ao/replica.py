@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ao.config import ModelConfig
 from ao.distributed import Ranks
 from ao.manifest import fingerprint, sync_folder
-from ao.models.load import FOUR_BIT, dequantize, load_model, named
+from ao.models.load import FOUR_BIT, load_model, named
 from ao.prompt import model_folder
 from ao.user_cache import user_cache
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 POLL = 0.2
 """Seconds between two looks of a rank that waits."""
+FORMAT = 2
+"""Of the folder that is kept; one of another format is not read."""
 
 
 def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> PreTrainedModel:
@@ -48,14 +51,10 @@ def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> Pr
     folder = user_cache() / "quantized" / _key(name, revision)
     if not folder.is_dir():
         if here.local == 0:
-            model = load_model(replace(config, precision="nf4"), which=which)
-            _keep(model, folder)
-            if config.precision == "nf4-dequantized":
-                dequantize(model)
-            return model
+            return _keep(config, which, folder)
         while not folder.is_dir():
             time.sleep(POLL)
-    return load_model(replace(config, name=str(folder), revision=None))
+    return _read(config, folder)
 
 
 def _key(name: str, revision: str | None) -> str:
@@ -68,24 +67,37 @@ def _key(name: str, revision: str | None) -> str:
             about = file.stat()
             stamps.append(f"{file.name} {about.st_size} {about.st_mtime_ns}")
     libraries = [f"{library} {version(library)}" for library in ("bitsandbytes", "transformers")]
-    return fingerprint(str(folder), stamps, libraries)[:32]
+    return fingerprint(FORMAT, str(folder), stamps, libraries)[:32]
 
 
-def _keep(model: PreTrainedModel, folder: Path) -> None:
+def _keep(config: ModelConfig, which: str, folder: Path) -> PreTrainedModel:
+    """Quantize, write, and read it back, so that what no rank could read never gets the folder's name."""
+    model = load_model(replace(config, precision="nf4"), which=which)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        model.save_pretrained(partial)
+        # The original's names would be those of a multimodal checkpoint, beside the configuration of its text tower.
+        model.save_pretrained(partial, save_original_format=False)
         for file in partial.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
+        del model
+        gc.collect()  # 4-bit layers and their weights refer to each other
+        model = _read(config, partial)
         partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         if not folder.is_dir():  # or another machine's first rank was quicker, where both share the folder
             raise OSError(
                 f"{folder}: the quantized model cannot be kept for the other ranks ({error}); free some space, or name "
                 "another folder in AO_CACHE"
             ) from error
+        return _read(config, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     sync_folder(folder)
     log.info("the quantized model is kept in %s", folder)
+    return model
+
+
+def _read(config: ModelConfig, folder: Path) -> PreTrainedModel:
+    return load_model(replace(config, name=str(folder), revision=None))

@@ -45,6 +45,15 @@ GEMMA_4 = {
     "num_kv_shared_layers": 0,
     "final_logit_softcapping": 30.0,
 }
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+}
 FAMILIES = {
     "gemma4_text": GEMMA_4,
     "gemma2": {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8},

@@ -9,30 +9,29 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+)
 
 from ao.batch import lay_out, layout
 from ao.config import ModelConfig
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle
+from ao.models.adapters import add_adapter, as_oracle, load_adapter, save_adapter
 from ao.models.load import fuse_norms, load_model
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
-from conftest import GEMMA_4, sequences
+from conftest import GEMMA_4, VISION, sequences
 
 # Blocks of 64 weights, and rows in the multiples of 32 that the repacking takes.
 TEXT = {**GEMMA_4, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 32}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "global_head_dim": 16,
-}
 
 
 def randomized(model: torch.nn.Module) -> torch.nn.Module:
@@ -168,6 +167,74 @@ def test_a_multimodal_checkpoint_loads_its_text_tower_alone(multimodal, precisio
     if precision == "nf4":
         assert set(quantized(model)) == set(archs.linears(archs.find(model)))
     check_model(model, archs.find(model), sequences(rng, [9, 5]))
+
+
+def requantized(source: Path, folder: Path, **settings: object) -> Path:
+    """A checkpoint that is quantized already, by whoever published it."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    loaded.save_pretrained(folder)
+    return folder
+
+
+def test_a_multimodal_checkpoint_that_is_quantized_already(multimodal, tmp_path):
+    published = requantized(
+        multimodal,
+        tmp_path / "published",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", ".*vision_tower", ".*embed_vision", "model.language_model.layers.1.mlp"],
+    )
+    model, ours = load(published), contents(load(multimodal))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert type(model.get_submodule(f"model.layers.1.mlp.{name}")) is torch.nn.Linear
+        del ours[f"model.layers.1.mlp.{name}"]
+    assert contents(model) == ours
+    # Whoever published it computes in fp32.
+    assert all(layer.compute_dtype == torch.bfloat16 for layer in quantized(model).values())
+    plain = load(published, "nf4-dequantized")
+    assert not quantized(plain)
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "message"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bf16", 'held in nf4; ask for "nf4"'),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "nf4", "held in fp4; name a checkpoint that is not"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "nf4-dequantized", "held in fp4"),
+        ({"load_in_8bit": True}, "nf4", "held in int8"),
+        ({"load_in_8bit": True}, "fp32", "held in int8"),
+    ],
+)
+def test_a_checkpoint_that_is_quantized_otherwise_is_refused(folder, tmp_path, settings, precision, message):
+    published = requantized(folder, tmp_path / "published", **settings)
+    with pytest.raises(ValueError, match=rf"'{precision}' was asked for, but the linears of .* are {message}"):
+        load(published, precision)
+
+
+def test_peft_reads_an_adapter_of_a_text_tower_on_the_whole_model(multimodal, tmp_path, rng):
+    model = load(multimodal, "fp32")
+    torch.manual_seed(1)
+    peft = add_adapter(model, rank=4, alpha=8, dropout=0.0)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(peft, tmp_path, base=str(multimodal), ao_config={"schema_version": 1})
+    ids = torch.from_numpy(sequences(rng, [12])[0])[None]
+    with torch.no_grad(), as_oracle(model):
+        expected = model(input_ids=ids, use_cache=False).logits
+    whole = AutoModelForCausalLM.from_pretrained(multimodal, dtype=torch.float32)
+    assert type(whole) is Gemma4ForConditionalGeneration
+    peft = PeftModel.from_pretrained(whole, tmp_path).eval()
+    again = load(multimodal, "fp32")
+    load_adapter(again, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(peft(input_ids=ids, use_cache=False).logits, expected)
+        with as_oracle(again):
+            torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("which", ["folder", "multimodal"])

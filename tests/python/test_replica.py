@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ao import replica
 from ao.config import ModelConfig
 from ao.distributed import Ranks
+from ao.models.arch import layers_in_whole
 from ao.models.load import load_model
 from ao.replica import load_replica
-from conftest import GEMMA_4
+from conftest import GEMMA_4, SMALL, VISION
 
 CPU = torch.device("cpu")
 FIRST, SECOND = (Ranks(rank=rank, world=2, device=CPU, local=rank) for rank in range(2))
@@ -23,12 +33,25 @@ FIRST, SECOND = (Ranks(rank=rank, world=2, device=CPU, local=rank) for rank in r
 TEXT = {**GEMMA_4, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 32}
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+def text_only() -> PreTrainedModel:
+    return Gemma4ForCausalLM(Gemma4TextConfig(**TEXT))
+
+
+def multimodal() -> PreTrainedModel:
+    return Gemma4ForConditionalGeneration(Gemma4Config(text_config=TEXT, vision_config=VISION, audio_config=None))
+
+
+def experts() -> PreTrainedModel:
+    """A checkpoint holds its experts one by one, a model side by side."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SMALL, "hidden_size": 64, "head_dim": 32, **sizes}))
+
+
+@pytest.fixture(params=[text_only])
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModelConfig:
     monkeypatch.setenv("AO_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
-    model = Gemma4ForCausalLM(Gemma4TextConfig(**TEXT)).bfloat16()
-    model.save_pretrained(tmp_path / "model")
+    request.param().bfloat16().save_pretrained(tmp_path / "model")
     return ModelConfig(name=str(tmp_path / "model"), precision="nf4", device="cpu")
 
 
@@ -49,6 +72,7 @@ def numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("config", [text_only, multimodal, experts], indirect=True)
 @pytest.mark.parametrize("precision", ["nf4", "nf4-dequantized"])
 def test_one_rank_reads_the_original_and_all_have_its_numbers(
     precision: str, config: ModelConfig, read: list[str]
@@ -62,9 +86,11 @@ def test_one_rank_reads_the_original_and_all_have_its_numbers(
     later = load_replica(config, FIRST)
     assert read[0] == config.name
     assert config.name not in read[1:]
-    assert len(read) == 3
-    alone = numbers(load_model(config))
+    assert len(read) == 4  # the first rank looks whether what it kept can be read
+    one = load_model(config)
+    alone = numbers(one)
     for model in (*models, later):
+        assert layers_in_whole(model) == layers_in_whole(one)
         found = numbers(model)
         assert found.keys() == alone.keys()
         assert all(torch.equal(found[name], alone[name]) for name in alone)
@@ -77,7 +103,23 @@ def test_changed_weights_are_quantized_again(config: ModelConfig, read: list[str
     torch.manual_seed(1)
     Gemma4ForCausalLM(Gemma4TextConfig(**TEXT)).bfloat16().save_pretrained(config.name)
     load_replica(config, FIRST)
-    assert read == [config.name] * 2
+    assert read[::2] == [config.name] * 2
+    assert len(read) == 4
+
+
+def test_what_cannot_be_read_is_not_kept(config: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save = Gemma4ForCausalLM.save_pretrained
+
+    def lossy(model: Gemma4ForCausalLM, folder: Path, **options: bool) -> None:
+        save(model, folder, **options)
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(Gemma4ForCausalLM, "save_pretrained", lossy)
+    with pytest.raises(ValueError, match=r"missing \['model\.norm\.weight'\]"):
+        load_replica(config, FIRST)
+    assert not list((tmp_path / "cache" / "quantized").iterdir())
 
 
 def test_a_full_cache_is_told(config: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

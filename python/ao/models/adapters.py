@@ -197,12 +197,15 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
 def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: dict[str, object]) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and, last, `ao_config.json`.
 
-    Keys and `target_modules` are PEFT's own, so that `PeftModel.from_pretrained` reads the folder.
+    Keys and `target_modules` are PEFT's own, in the names of the whole model where `base` is multimodal, so that
+    `PeftModel.from_pretrained` reads the folder on what `AutoModelForCausalLM` makes of `base`.
     """
+    model: Any = peft.get_base_model()
+    text, whole = (f"base_model.model.{path}." for path in (arch.find(model).layers_path, arch.layers_in_whole(model)))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(peft, adapter_name=NAME, save_embedding_layers=False)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
+    tensors = {key.replace(text, whole, 1): state[key].detach().cpu().contiguous() for key in sorted(state)}
     settings = peft.peft_config[NAME].to_dict()
     settings["base_model_name_or_path"] = base
     settings["inference_mode"] = True

@@ -22,6 +22,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 STOCK = "ao_stock_attention"
 """Set on a model that is to run padded rows through its own attention, whatever its mixers are."""
+WHOLE_LAYERS = "ao_whole_layers"
+"""Set on the configuration of a multimodal model's text tower: dotted path of the blocks in the whole model."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def find(model: PreTrainedModel) -> Arch:
         softcap=getattr(config, "final_logit_softcapping", None),
         attention_only=_attention_only(config, layers) and not getattr(model, STOCK, False),
     )
+
+
+def layers_in_whole(model: PreTrainedModel) -> str:
+    """Dotted path of the blocks in what `AutoModelForCausalLM` makes of the model's checkpoint, which may be multimodal."""
+    return getattr(model.config, WHOLE_LAYERS, None) or find(model).layers_path
 
 
 def linears(arch: Arch) -> list[str]:

@@ -26,6 +26,8 @@ DTYPES = {
 """Computation type by precision."""
 FOUR_BIT = ("nf4", "nf4-dequantized")
 """Precisions whose numbers are NF4's."""
+TEXT_TOWERS = ("model.language_model.", "language_model.model.", "model.text_model.")
+"""How the names of a multimodal checkpoint's language model begin."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -59,7 +61,8 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: there is no such model, or its folder holds no safetensors.
-        ValueError: a weight is missing or left over, which transformers itself only warns about; or a file is damaged.
+        ValueError: a weight is missing or left over, which transformers itself only warns about; a file is damaged; or
+            the checkpoint is quantized already, otherwise than the precision says.
     """
     name, revision = named(config, which)
     folder = model_folder(name, revision)
@@ -72,6 +75,10 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     device = resolve_device(config.device)
     full_config = AutoConfig.from_pretrained(source, revision=revision)
     text_config = arch.text_config(full_config)
+    if text_config is not full_config:
+        setattr(text_config, arch.WHOLE_LAYERS, _layers_in_whole(full_config))
+        if (quantized := getattr(full_config, "quantization_config", None)) is not None:
+            text_config.quantization_config = _of_text_tower(quantized)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -98,6 +105,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     ]
     if left_over:
         raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
+    _require_precision(model, config.precision, name)
     if config.precision == "nf4-dequantized":
         dequantize(model)
     setattr(model, arch.STOCK, config.attention == "stock")
@@ -235,10 +243,49 @@ def _quantization(config: PretrainedConfig) -> object | None:
     )
 
 
+def _require_precision(model: PreTrainedModel, precision: str, name: str) -> None:
+    """A checkpoint that is quantized already brings its own linears, whatever was asked for.
+
+    Some of them may be left unquantized, as it chose; the rest are to be what `precision` says.
+    """
+    dtype, kinds = DTYPES[precision], set[str]()
+    for path in arch.linears(arch.find(model)):
+        linear: Any = model.get_submodule(path)
+        if (state := getattr(linear.weight, "quant_state", None)) is not None:
+            kinds.add(state.quant_type)
+            linear.compute_dtype = dtype
+        elif linear.weight.element_size() == 1:
+            kinds.add(str(linear.weight.dtype).removeprefix("torch."))
+    expected = {"nf4"} if precision in FOUR_BIT else set[str]()
+    if kinds != expected:
+        remedy = 'ask for "nf4" or "nf4-dequantized"' if kinds == {"nf4"} else "name a checkpoint that is not quantized"
+        raise ValueError(
+            f"model.precision: {precision!r} was asked for, but the linears of {name} are held in "
+            f"{', '.join(sorted(kinds)) or dtype}; {remedy}"
+        )
+
+
+def _of_text_tower(quantized: Any) -> Any:
+    """How a multimodal checkpoint is quantized, in the names of the text-only class."""
+    if not isinstance(quantized, dict) or not quantized.get("llm_int8_skip_modules"):
+        return quantized
+    skipped = [
+        re.sub(f"^({'|'.join(map(re.escape, TEXT_TOWERS))})", "model.", name)
+        for name in quantized["llm_int8_skip_modules"]
+    ]
+    return {**quantized, "llm_int8_skip_modules": skipped}
+
+
+def _layers_in_whole(config: PretrainedConfig) -> str:
+    """Where the blocks lie in the model that the checkpoint's name alone loads."""
+    with torch.device("meta"):
+        return arch.find(AutoModelForCausalLM.from_config(config)).layers_path
+
+
 def _text_tower_mapping(source: str, revision: str | None) -> dict[str, str]:
     """How a multimodal checkpoint's tensor names map to those of the text-only class."""
     names = _tensor_names(source, revision)
-    for prefix in ("model.language_model.", "language_model.model.", "model.text_model."):
+    for prefix in TEXT_TOWERS:
         if any(name.startswith(prefix) for name in names):
             return {f"^{re.escape(prefix)}": "model."}
     raise ValueError(
