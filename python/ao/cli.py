@@ -154,7 +154,7 @@ class Train:
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     restart: bool = False
-    """Remove an unfinished run in the folder first."""
+    """Begin anew where the folder holds an unfinished run; what it left goes when the first step is done."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)

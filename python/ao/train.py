@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import signal
 import sys
 import threading
@@ -43,18 +42,24 @@ from ao.training.heldout import HeldOut, share_of, split
 from ao.training.lookahead import look_ahead
 from ao.training.meter import Meter
 from ao.training.selftest import check_learner
-from ao.training.state import FOLDER, checkpoints, load_checkpoint, prune, require_same_run, save_checkpoint
+from ao.training.state import (
+    BEST,
+    RECORD,
+    clear,
+    found_in,
+    load_checkpoint,
+    prune,
+    require_same_run,
+    save_checkpoint,
+)
 from ao.training.step import Learner, learning_rate
-from ao.training.tracking import Log
+from ao.training.tracking import Log, require_trackers
 
 log = logging.getLogger(__name__)
 
-RECORD = "training.json"
 REPEATED = 5.0
 """Seconds within which another signal is the same one again."""
 _VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
-BEST = "best"
-"""Folder of the adapter as it was at its best held-out loss."""
 _FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "recompute")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
@@ -78,7 +83,7 @@ def train(
         data: the packed data set.
         out: folder of the adapter; checkpoints and log.jsonl lie there, too.
         resume: go on from the last checkpoint in `out`; do nothing where the run is finished, begin where there is none.
-        restart: remove what an unfinished run left in `out` first.
+        restart: begin anew where `out` holds an unfinished run; what it left goes when the first step is done.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -93,7 +98,7 @@ def train(
     """
     config, data, out = recipe.train, Path(data), Path(out)
     with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
-        found = _found(out, resume=resume, restart=restart)
+        found = found_in(out, resume=resume, restart=restart)
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
@@ -102,7 +107,16 @@ def train(
             record = read_manifest(found)
             require_same_run(found, record, identity)
             return {**record, "first_rank": here.first}
+        run = _Run()
+        if found is not None:
+            saved = read_manifest(found / "run.json")
+            require_same_run(found, saved, identity)
+            _compare_versions(found, saved["versions"])
+            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
+        # What can be wrong with the settings is found before the model is loaded.
+        require_trackers(config.track)
         training, held_out = split(dataset, config.held_out, seed=config.seed)
+        _plan(training, config, here)
         cache = None
         if config.cache is not None:
             cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
@@ -110,20 +124,8 @@ def train(
         learner = Learner.of(model, config, here)
         if here.first and progress and learner.recompute.blocks(config.tokens_per_row):
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
-        run = _Run()
-        if found is None:
-            # Only now, as nothing is wrong with what was given. A later --resume must not take an earlier run's end for
-            # this one's.
-            here.wait()
-            if here.first:
-                (out / RECORD).unlink(missing_ok=True)
-                for folder in (FOLDER, BEST):
-                    shutil.rmtree(out / folder, ignore_errors=True)
-        else:
-            require_same_run(found, read_manifest(found / "run.json"), identity)
-            saved = load_checkpoint(found, learner)
-            _compare_versions(found, saved["versions"])
-            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
+        if found is not None:
+            load_checkpoint(found, learner)
         record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
         if here.first:
             write(recipe, learner, dataset, record, out)
@@ -216,6 +218,9 @@ def _loop(
                 meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
                 if result.skipped:
                     _require_finite(meter.counts["skipped_steps"], done, config.steps)
+                if done == 1 and here.first:
+                    # A start that fails leaves what an earlier run made; a later --resume must not take that for this one's.
+                    clear(out)
                 losses.append(result.loss if math.isfinite(result.loss) else None)
                 bar.update()
                 line: dict[str, Any] = {}
@@ -289,6 +294,22 @@ def windows(
     Yields:
         The number of the window's first step, and the window.
     """
+    done = epoch = 0
+    while done < config.steps:
+        plan = _plan(dataset, config, here, padded, epoch)
+        if start < done + len(plan):
+            first = max(0, start - done) // config.window * config.window
+            for window in plan.windows(first, end=config.steps - done, rank=here.rank):
+                yield done + first, [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
+                first += len(window)
+        done += len(plan)
+        epoch += 1
+
+
+def _plan(
+    dataset: PackedDataset | Part, config: TrainConfig, here: Ranks, padded: bool = False, epoch: int = 0
+) -> Plan:
+    """One epoch's steps, of which there must be one."""
     settings = PlanSettings(
         tokens_per_row=config.tokens_per_row,
         examples_per_step=None if config.tokens_per_step else config.examples_per_step,
@@ -298,22 +319,15 @@ def windows(
         window=config.window,
         ranks=here.world,
         seed=config.seed,
+        epoch=epoch,
     )
-    done = epoch = 0
-    while done < config.steps:
-        plan = Plan.make(dataset, replace(settings, epoch=epoch))
-        if len(plan) == 0:
-            per_step = "examples_per_step" if config.tokens_per_step is None else "tokens_per_step"
-            raise ValueError(
-                f"the data set holds {len(dataset)} datapoints, fewer than train.{per_step} = {getattr(config, per_step)}"
-            )
-        if start < done + len(plan):
-            first = max(0, start - done) // config.window * config.window
-            for window in plan.windows(first, end=config.steps - done, rank=here.rank):
-                yield done + first, [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
-                first += len(window)
-        done += len(plan)
-        epoch += 1
+    plan = Plan.make(dataset, settings)
+    if len(plan) == 0:
+        per_step = "examples_per_step" if config.tokens_per_step is None else "tokens_per_step"
+        raise ValueError(
+            f"the data set holds {len(dataset)} datapoints, fewer than train.{per_step} = {getattr(config, per_step)}"
+        )
+    return plan
 
 
 def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -345,29 +359,6 @@ def _compare_versions(checkpoint: Path, saved: dict[str, str]) -> None:
     others = [f"{name} {saved.get(name)}, now {now}" for name, now in _versions().items() if saved.get(name) != now]
     if others:
         log.warning("%s: written with %s; what follows may differ in the last digits", checkpoint, ", ".join(others))
-
-
-def _found(out: Path, *, resume: bool, restart: bool) -> Path | None:
-    """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
-
-    Raises:
-        FileExistsError: the folder holds something else than an adapter, or an unfinished run that is not to be resumed.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another --out")
-    is_adapter, saved = (out / "adapter_config.json").is_file(), checkpoints(out)
-    is_run = (out / "log.jsonl").is_file() or (out / FOLDER).is_dir()
-    if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
-        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
-    if resume and (out / RECORD).is_file():
-        return out / RECORD
-    if resume and saved:
-        return saved[-1]
-    if saved and not (out / RECORD).is_file() and not restart:
-        raise FileExistsError(
-            f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
-        )
-    return None
 
 
 @contextmanager

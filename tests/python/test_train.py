@@ -728,3 +728,20 @@ def test_the_log_tells_rates_and_scores(packed, tmp_path):
     assert lines[1].keys() == {"step", "held_out_loss", "held_out_loss_shuffled", "held_out_gain"}
     with pytest.raises(ModuleNotFoundError, match=r"train\.track names 'wandb'"):
         losses(packed, tmp_path / "other", track=("wandb",))
+
+
+@pytest.mark.parametrize("fails_at", ["plan", "trackers", "collecting"])
+def test_a_start_that_fails_leaves_an_earlier_run(fails_at, packed, tmp_path, monkeypatch):
+    recipe, out = recipe_of(steps=3, held_out=8, eval_every=1, save_every=1), tmp_path / "out"
+    train(recipe, data=packed, out=out, progress=False)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    changes = {"plan": {"examples_per_step": 100}, "trackers": {"track": ("wandb",)}, "collecting": {}}[fails_at]
+
+    def fail(*args, **kwargs):
+        raise Killed
+
+    # Settings are looked at before the model is loaded, which here cannot be.
+    monkeypatch.setattr(ao.train, "look_ahead" if fails_at == "collecting" else "load_replica", fail)
+    with pytest.raises({"plan": ValueError, "trackers": ModuleNotFoundError, "collecting": Killed}[fails_at]):
+        train(recipe_of(seed=1, **changes), data=packed, out=out, progress=False)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
