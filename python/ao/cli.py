@@ -522,6 +522,7 @@ def _train(command: Train) -> dict[str, Any]:
         out=command.out or recipe.train.out,
         resume=command.resume,
         restart=command.restart,
+        root=command.recipe.parent,
     )
     if not command.json and record["first_rank"]:
         print(

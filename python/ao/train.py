@@ -5,16 +5,15 @@ The loop is here; its parts are in `ao.training`.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,23 +23,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ao.cache import ActivationCache, contract_of
-from ao.card import FILE as CARD
-from ao.card import model_card
-from ao.checkpoint import OracleConfig
-from ao.config import Recipe, TrainConfig, to_dict, to_toml
+from ao.config import Recipe, TrainConfig, to_dict
 from ao.distributed import Ranks, ranks
-from ao.manifest import read_manifest, write_atomic
+from ao.manifest import finite, read_manifest
 from ao.models import arch as archs
-from ao.models.adapters import save_adapter
 from ao.models.load import fuse_norms, resolve_device
 from ao.plan import Plan, PlanSettings
-from ao.prompt import fingerprints, framer
+from ao.prompt import fingerprints
 from ao.replica import load_replica
 from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split
 from ao.training.lookahead import look_ahead
 from ao.training.meter import Meter
+from ao.training.record import as_followed, write_run
 from ao.training.selftest import check_learner
 from ao.training.state import (
     BEST,
@@ -71,6 +67,7 @@ def train(
     out: str | Path,
     resume: bool = False,
     restart: bool = False,
+    root: str | Path = ".",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train an adapter on a packed data set and write it to a folder.
@@ -84,6 +81,7 @@ def train(
         out: folder of the adapter; checkpoints and log.jsonl lie there, too.
         resume: go on from the last checkpoint in `out`; do nothing where the run is finished, begin where there is none.
         restart: begin anew where `out` holds an unfinished run; what it left goes when the first step is done.
+        root: folder that relative source paths of the recipe are taken from; the recipe beside the adapter leads to them.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -115,6 +113,7 @@ def train(
             run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
         # What can be wrong with the settings is found before the model is loaded.
         require_trackers(config.track)
+        followed = as_followed(recipe, dataset, out, root=Path(root))
         training, held_out = split(dataset, config.held_out, seed=config.seed)
         _plan(training, config, here)
         cache = None
@@ -126,9 +125,10 @@ def train(
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
         if found is not None:
             load_checkpoint(found, learner)
-        record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
+        write = partial(write_run, recipe, learner, dataset, root=Path(root))
+        record = _loop(followed, learner, target, cache, training, held_out, identity, run, asked, out, write, progress)
         if here.first:
-            write(recipe, learner, dataset, record, out)
+            write(record, out)
         return {**record, "first_rank": here.first}
 
 
@@ -154,6 +154,7 @@ def _loop(
     run: _Run,
     asked: threading.Event,
     out: Path,
+    write: Callable[[Mapping[str, Any], Path], None],
     progress: bool,
 ) -> dict[str, Any]:
     """The training loop; returns the record."""
@@ -189,6 +190,23 @@ def _loop(
                 prune(out, keep=config.keep, best=run.best_step)
             here.wait()
 
+    def record() -> dict[str, Any]:
+        state = meter.state()
+        seconds = state["seconds"]
+        return {
+            "steps": len(losses),
+            "identity": identity,
+            "ranks": here.world,
+            "versions": _versions(),
+            "losses": list(losses),
+            "held_out": last_scored,
+            "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
+            "recompute": str(learner.recompute),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            **state["counts"],
+            "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
+        }
+
     with (
         Log(out, config.track, config=to_dict(recipe), step=run.step, active=here.first) as lines,
         learner.ready(),
@@ -215,34 +233,34 @@ def _loop(
                 result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 done = step + 1
                 # -- step done --
-                meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
+                meter.step(result)
                 if result.skipped:
                     _require_finite(meter.counts["skipped_steps"], done, config.steps)
                 if done == 1 and here.first:
                     # A start that fails leaves what an earlier run made; a later --resume must not take that for this one's.
                     clear(out)
-                losses.append(result.loss if math.isfinite(result.loss) else None)
+                losses.append(finite(result.loss))
                 bar.update()
+                due_score = scores is not None and (done % config.eval_every == 0 or done == config.steps)
                 line: dict[str, Any] = {}
-                if done % config.log_every == 0 or done == config.steps:
-                    rate = learning_rate(step, config)
-                    line = {"loss": losses[-1], "gradient_norm": result.gradient_norm, "learning_rate": rate}
+                if due_score or done % config.log_every == 0 or done == config.steps:
+                    norm, rate = finite(result.gradient_norm), learning_rate(step, config)
+                    line = {"loss": losses[-1], "gradient_norm": norm, "learning_rate": rate}
                     line |= meter.line(ranks=here.world)
                     bar.set_postfix(loss=f"{result.loss:.3f}")
                     log.debug("step %d loss %.4f gradient norm %.3g", done, result.loss, result.gradient_norm)
                 best = False
-                if scores is not None and (done % config.eval_every == 0 or done == config.steps):
+                if scores is not None and due_score:
                     with meter.timing("eval"):
                         scored = scores.score(learner)
                     line |= scored
                     last_scored = {"step": done, "datapoints": len(held_out), **scored}
-                    best = run.best_loss is None or scored["held_out_loss"] < run.best_loss
+                    loss = scored["held_out_loss"]
+                    best = loss is not None and (run.best_loss is None or loss < run.best_loss)
                     if best:
-                        run.best_step, run.best_loss = done, scored["held_out_loss"]
+                        run.best_step, run.best_loss = done, loss
                         if here.first:
-                            examples = meter.counts["examples"]
-                            contract = _contract(recipe, learner, training.dataset, steps=done, examples=examples)
-                            save_adapter(learner.peft, out / BEST, base=recipe.model.name, ao_config=contract.to_json())
+                            write(record(), out / BEST)
                 if line:
                     lines.write(done, line)
                 due = config.save_every and (best or done % config.save_every == 0) and done < config.steps
@@ -252,21 +270,7 @@ def _loop(
                     if here.first:
                         log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
                     raise KeyboardInterrupt
-    state = meter.state()
-    seconds = state["seconds"]
-    return {
-        "steps": len(losses),
-        "identity": identity,
-        "ranks": here.world,
-        "versions": _versions(),
-        "losses": losses,
-        "held_out": last_scored,
-        "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
-        "recompute": str(learner.recompute),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        **state["counts"],
-        "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
-    }
+    return record()
 
 
 def _require_finite(skipped: int, done: int, steps: int) -> None:
@@ -385,34 +389,3 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict[str, Any], out: Path) -> None:
-    """Write the adapter, its contract, the resolved recipe, a draft of its card and, last, the training record."""
-    published = _contract(recipe, learner, dataset, steps=record["steps"], examples=record["examples"]).to_json()
-    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=published)
-    write_atomic(out / "recipe.toml", to_toml(recipe))
-    # A report in the folder is of an earlier adapter; `ao push` puts in the one that it finds then.
-    write_atomic(out / CARD, model_card(contract=published, recipe=recipe, record=record))
-    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def _contract(recipe: Recipe, learner: Learner, dataset: PackedDataset, *, steps: int, examples: int) -> OracleConfig:
-    config = recipe.train
-    return OracleConfig(
-        model=recipe.model.name,
-        injection=config.injection,
-        injection_layer=config.injection_layer,
-        injection_scale=config.injection_scale,
-        rescale=config.rescale,
-        layer_combinations=tuple(dataset.layer_combinations),
-        num_layers=learner.arch.num_layers,
-        framing=framer(recipe.model.name, recipe.model.revision).fingerprint,
-        trained={
-            "steps": steps,
-            "examples": examples,
-            "precision": recipe.model.precision,
-            "target": recipe.model.target or recipe.model.name,
-            "lora": {"r": config.rank, "alpha": config.alpha, "dropout": config.dropout},
-        },
-    )
