@@ -219,6 +219,8 @@ def _held_out(recipe: Recipe, record: Mapping[str, Any]) -> str:
     if not scores:
         return "Not scored."
     own, other = scores["held_out_loss"], scores["held_out_loss_shuffled"]
+    if own is None or other is None:
+        return f"Not finite after step {scores['step']:,}: the run broke."
     unit = "nats per answer token" if recipe.train.loss == "per_token" else "nats, mean over examples"
     verdict = (
         f"With wrong activations the loss is {other - own:.3f} higher: the answers depend on what is read. How much of that is "

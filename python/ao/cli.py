@@ -154,7 +154,7 @@ class Train:
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     restart: bool = False
-    """Remove an unfinished run in the folder first."""
+    """Begin anew where the folder holds an unfinished run; what it left goes when the first step is done."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -522,6 +522,7 @@ def _train(command: Train) -> dict[str, Any]:
         out=command.out or recipe.train.out,
         resume=command.resume,
         restart=command.restart,
+        root=command.recipe.parent,
     )
     if not command.json and record["first_rank"]:
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -29,6 +30,11 @@ def canonical_json(obj: object) -> str:
         TypeError: something is not JSON.
     """
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: float) -> float | None:
+    """The number, or None, which JSON writes as null, where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def fingerprint(*parts: object) -> str:

@@ -5,17 +5,15 @@ The loop is here; its parts are in `ao.training`.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -25,36 +23,39 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ao.cache import ActivationCache, contract_of
-from ao.card import FILE as CARD
-from ao.card import model_card
-from ao.checkpoint import OracleConfig
-from ao.config import Recipe, TrainConfig, to_dict, to_toml
+from ao.config import Recipe, TrainConfig, to_dict
 from ao.distributed import Ranks, ranks
-from ao.manifest import read_manifest, write_atomic
+from ao.manifest import finite, read_manifest
 from ao.models import arch as archs
-from ao.models.adapters import save_adapter
 from ao.models.load import fuse_norms, resolve_device
 from ao.plan import Plan, PlanSettings
-from ao.prompt import fingerprints, framer
+from ao.prompt import fingerprints
 from ao.replica import load_replica
 from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split
 from ao.training.lookahead import look_ahead
 from ao.training.meter import Meter
+from ao.training.record import as_followed, write_run
 from ao.training.selftest import check_learner
-from ao.training.state import FOLDER, checkpoints, load_checkpoint, prune, require_same_run, save_checkpoint
+from ao.training.state import (
+    BEST,
+    RECORD,
+    clear,
+    found_in,
+    load_checkpoint,
+    prune,
+    require_same_run,
+    save_checkpoint,
+)
 from ao.training.step import Learner, learning_rate
-from ao.training.tracking import Log
+from ao.training.tracking import Log, require_trackers
 
 log = logging.getLogger(__name__)
 
-RECORD = "training.json"
 REPEATED = 5.0
 """Seconds within which another signal is the same one again."""
 _VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
-BEST = "best"
-"""Folder of the adapter as it was at its best held-out loss."""
 _FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "recompute")
 """Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
@@ -66,6 +67,7 @@ def train(
     out: str | Path,
     resume: bool = False,
     restart: bool = False,
+    root: str | Path = ".",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train an adapter on a packed data set and write it to a folder.
@@ -78,7 +80,8 @@ def train(
         data: the packed data set.
         out: folder of the adapter; checkpoints and log.jsonl lie there, too.
         resume: go on from the last checkpoint in `out`; do nothing where the run is finished, begin where there is none.
-        restart: remove what an unfinished run left in `out` first.
+        restart: begin anew where `out` holds an unfinished run; what it left goes when the first step is done.
+        root: folder that relative source paths of the recipe are taken from; the recipe beside the adapter leads to them.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -93,7 +96,7 @@ def train(
     """
     config, data, out = recipe.train, Path(data), Path(out)
     with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
-        found = _found(out, resume=resume, restart=restart)
+        found = found_in(out, resume=resume, restart=restart)
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
@@ -102,7 +105,17 @@ def train(
             record = read_manifest(found)
             require_same_run(found, record, identity)
             return {**record, "first_rank": here.first}
+        run = _Run()
+        if found is not None:
+            saved = read_manifest(found / "run.json")
+            require_same_run(found, saved, identity)
+            _compare_versions(found, saved["versions"])
+            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
+        # What can be wrong with the settings is found before the model is loaded.
+        require_trackers(config.track)
+        followed = as_followed(recipe, dataset, out, root=Path(root))
         training, held_out = split(dataset, config.held_out, seed=config.seed)
+        _plan(training, config, here)
         cache = None
         if config.cache is not None:
             cache = ActivationCache.open(config.cache, contract=contract_of(recipe.model))
@@ -110,23 +123,12 @@ def train(
         learner = Learner.of(model, config, here)
         if here.first and progress and learner.recompute.blocks(config.tokens_per_row):
             tqdm.write(f"recompute {learner.recompute}", file=sys.stderr)
-        run = _Run()
-        if found is None:
-            # Only now, as nothing is wrong with what was given. A later --resume must not take an earlier run's end for
-            # this one's.
-            here.wait()
-            if here.first:
-                (out / RECORD).unlink(missing_ok=True)
-                for folder in (FOLDER, BEST):
-                    shutil.rmtree(out / folder, ignore_errors=True)
-        else:
-            require_same_run(found, read_manifest(found / "run.json"), identity)
-            saved = load_checkpoint(found, learner)
-            _compare_versions(found, saved["versions"])
-            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
-        record = _loop(recipe, learner, target, cache, training, held_out, identity, run, asked, out, progress)
+        if found is not None:
+            load_checkpoint(found, learner)
+        write = partial(write_run, recipe, learner, dataset, root=Path(root))
+        record = _loop(followed, learner, target, cache, training, held_out, identity, run, asked, out, write, progress)
         if here.first:
-            write(recipe, learner, dataset, record, out)
+            write(record, out)
         return {**record, "first_rank": here.first}
 
 
@@ -152,6 +154,7 @@ def _loop(
     run: _Run,
     asked: threading.Event,
     out: Path,
+    write: Callable[[Mapping[str, Any], Path], None],
     progress: bool,
 ) -> dict[str, Any]:
     """The training loop; returns the record."""
@@ -187,6 +190,23 @@ def _loop(
                 prune(out, keep=config.keep, best=run.best_step)
             here.wait()
 
+    def record() -> dict[str, Any]:
+        state = meter.state()
+        seconds = state["seconds"]
+        return {
+            "steps": len(losses),
+            "identity": identity,
+            "ranks": here.world,
+            "versions": _versions(),
+            "losses": list(losses),
+            "held_out": last_scored,
+            "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
+            "recompute": str(learner.recompute),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            **state["counts"],
+            "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
+        }
+
     with (
         Log(out, config.track, config=to_dict(recipe), step=run.step, active=here.first) as lines,
         learner.ready(),
@@ -213,31 +233,34 @@ def _loop(
                 result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 done = step + 1
                 # -- step done --
-                meter.step(result, recomputed=learner.recomputed_blocks / learner.arch.num_layers)
+                meter.step(result)
                 if result.skipped:
                     _require_finite(meter.counts["skipped_steps"], done, config.steps)
-                losses.append(result.loss if math.isfinite(result.loss) else None)
+                if done == 1 and here.first:
+                    # A start that fails leaves what an earlier run made; a later --resume must not take that for this one's.
+                    clear(out)
+                losses.append(finite(result.loss))
                 bar.update()
+                due_score = scores is not None and (done % config.eval_every == 0 or done == config.steps)
                 line: dict[str, Any] = {}
-                if done % config.log_every == 0 or done == config.steps:
-                    rate = learning_rate(step, config)
-                    line = {"loss": losses[-1], "gradient_norm": result.gradient_norm, "learning_rate": rate}
+                if due_score or done % config.log_every == 0 or done == config.steps:
+                    norm, rate = finite(result.gradient_norm), learning_rate(step, config)
+                    line = {"loss": losses[-1], "gradient_norm": norm, "learning_rate": rate}
                     line |= meter.line(ranks=here.world)
                     bar.set_postfix(loss=f"{result.loss:.3f}")
                     log.debug("step %d loss %.4f gradient norm %.3g", done, result.loss, result.gradient_norm)
                 best = False
-                if scores is not None and (done % config.eval_every == 0 or done == config.steps):
+                if scores is not None and due_score:
                     with meter.timing("eval"):
                         scored = scores.score(learner)
                     line |= scored
                     last_scored = {"step": done, "datapoints": len(held_out), **scored}
-                    best = run.best_loss is None or scored["held_out_loss"] < run.best_loss
+                    loss = scored["held_out_loss"]
+                    best = loss is not None and (run.best_loss is None or loss < run.best_loss)
                     if best:
-                        run.best_step, run.best_loss = done, scored["held_out_loss"]
+                        run.best_step, run.best_loss = done, loss
                         if here.first:
-                            examples = meter.counts["examples"]
-                            contract = _contract(recipe, learner, training.dataset, steps=done, examples=examples)
-                            save_adapter(learner.peft, out / BEST, base=recipe.model.name, ao_config=contract.to_json())
+                            write(record(), out / BEST)
                 if line:
                     lines.write(done, line)
                 due = config.save_every and (best or done % config.save_every == 0) and done < config.steps
@@ -247,21 +270,7 @@ def _loop(
                     if here.first:
                         log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
                     raise KeyboardInterrupt
-    state = meter.state()
-    seconds = state["seconds"]
-    return {
-        "steps": len(losses),
-        "identity": identity,
-        "ranks": here.world,
-        "versions": _versions(),
-        "losses": losses,
-        "held_out": last_scored,
-        "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
-        "recompute": str(learner.recompute),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        **state["counts"],
-        "examples_per_second": round(state["counts"]["examples"] / seconds["total"], 2),
-    }
+    return record()
 
 
 def _require_finite(skipped: int, done: int, steps: int) -> None:
@@ -289,6 +298,22 @@ def windows(
     Yields:
         The number of the window's first step, and the window.
     """
+    done = epoch = 0
+    while done < config.steps:
+        plan = _plan(dataset, config, here, padded, epoch)
+        if start < done + len(plan):
+            first = max(0, start - done) // config.window * config.window
+            for window in plan.windows(first, end=config.steps - done, rank=here.rank):
+                yield done + first, [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
+                first += len(window)
+        done += len(plan)
+        epoch += 1
+
+
+def _plan(
+    dataset: PackedDataset | Part, config: TrainConfig, here: Ranks, padded: bool = False, epoch: int = 0
+) -> Plan:
+    """One epoch's steps, of which there must be one."""
     settings = PlanSettings(
         tokens_per_row=config.tokens_per_row,
         examples_per_step=None if config.tokens_per_step else config.examples_per_step,
@@ -298,22 +323,15 @@ def windows(
         window=config.window,
         ranks=here.world,
         seed=config.seed,
+        epoch=epoch,
     )
-    done = epoch = 0
-    while done < config.steps:
-        plan = Plan.make(dataset, replace(settings, epoch=epoch))
-        if len(plan) == 0:
-            per_step = "examples_per_step" if config.tokens_per_step is None else "tokens_per_step"
-            raise ValueError(
-                f"the data set holds {len(dataset)} datapoints, fewer than train.{per_step} = {getattr(config, per_step)}"
-            )
-        if start < done + len(plan):
-            first = max(0, start - done) // config.window * config.window
-            for window in plan.windows(first, end=config.steps - done, rank=here.rank):
-                yield done + first, [[[dataset[index] for index in row.tolist()] for row in rows] for rows in window]
-                first += len(window)
-        done += len(plan)
-        epoch += 1
+    plan = Plan.make(dataset, settings)
+    if len(plan) == 0:
+        per_step = "examples_per_step" if config.tokens_per_step is None else "tokens_per_step"
+        raise ValueError(
+            f"the data set holds {len(dataset)} datapoints, fewer than train.{per_step} = {getattr(config, per_step)}"
+        )
+    return plan
 
 
 def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -347,29 +365,6 @@ def _compare_versions(checkpoint: Path, saved: dict[str, str]) -> None:
         log.warning("%s: written with %s; what follows may differ in the last digits", checkpoint, ", ".join(others))
 
 
-def _found(out: Path, *, resume: bool, restart: bool) -> Path | None:
-    """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
-
-    Raises:
-        FileExistsError: the folder holds something else than an adapter, or an unfinished run that is not to be resumed.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another --out")
-    is_adapter, saved = (out / "adapter_config.json").is_file(), checkpoints(out)
-    is_run = (out / "log.jsonl").is_file() or (out / FOLDER).is_dir()
-    if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
-        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
-    if resume and (out / RECORD).is_file():
-        return out / RECORD
-    if resume and saved:
-        return saved[-1]
-    if saved and not (out / RECORD).is_file() and not restart:
-        raise FileExistsError(
-            f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
-        )
-    return None
-
-
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
     """Inside, SIGINT or SIGTERM asks the run to stop after its step; another one some seconds later stops it at once."""
@@ -394,34 +389,3 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write(recipe: Recipe, learner: Learner, dataset: PackedDataset, record: dict[str, Any], out: Path) -> None:
-    """Write the adapter, its contract, the resolved recipe, a draft of its card and, last, the training record."""
-    published = _contract(recipe, learner, dataset, steps=record["steps"], examples=record["examples"]).to_json()
-    save_adapter(learner.peft, out, base=recipe.model.name, ao_config=published)
-    write_atomic(out / "recipe.toml", to_toml(recipe))
-    # A report in the folder is of an earlier adapter; `ao push` puts in the one that it finds then.
-    write_atomic(out / CARD, model_card(contract=published, recipe=recipe, record=record))
-    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def _contract(recipe: Recipe, learner: Learner, dataset: PackedDataset, *, steps: int, examples: int) -> OracleConfig:
-    config = recipe.train
-    return OracleConfig(
-        model=recipe.model.name,
-        injection=config.injection,
-        injection_layer=config.injection_layer,
-        injection_scale=config.injection_scale,
-        rescale=config.rescale,
-        layer_combinations=tuple(dataset.layer_combinations),
-        num_layers=learner.arch.num_layers,
-        framing=framer(recipe.model.name, recipe.model.revision).fingerprint,
-        trained={
-            "steps": steps,
-            "examples": examples,
-            "precision": recipe.model.precision,
-            "target": recipe.model.target or recipe.model.name,
-            "lora": {"r": config.rank, "alpha": config.alpha, "dropout": config.dropout},
-        },
-    )

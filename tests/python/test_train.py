@@ -37,10 +37,12 @@ from ao.models.adapters import as_target
 from ao.models.load import load_model
 from ao.pack import pack
 from ao.prompt import framer, model_folder
+from ao.push import push
 from ao.residuals import read_vectors
 from ao.shards import PackedDataset
 from ao.train import train, windows
 from ao.training.heldout import share_of, split
+from ao.training.recompute import Recompute
 from ao.training.state import checkpoints
 from ao.training.step import Learner, learning_rate
 
@@ -341,7 +343,6 @@ def test_the_oracle_reads_the_adapter_and_its_answer_moves(plain):
         oracle.choice_log_probs([prompt], [["poet", "banker", "Yes"]], adapter=adapter)[0] for adapter in (True, False)
     )
     assert np.abs(trained - untrained).max() > 0.1
-    assert load_recipe(out / "recipe.toml") == recipe_of()
 
 
 def test_eight_bit_states_train_alike(packed, tmp_path):
@@ -389,7 +390,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_p
     monkeypatch.setattr(ao.training.step, "answer_loss", broken)
     monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
     # One row a step, so that a call is a step; one bad step in ten is let pass.
-    recipe = recipe_of(steps=10, tokens_per_row=10**6)
+    recipe = recipe_of(steps=10, tokens_per_row=10**6, log_every=1)
     if skipped is None:
         with pytest.raises(RuntimeError, match="gradient was not finite in 2 of the first 2 of 10 steps"):
             train(recipe, data=packed, out=tmp_path / "out", progress=False)
@@ -399,6 +400,9 @@ def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_p
     assert record["skipped_steps"] == 1
     assert [step for step, loss in enumerate(record["losses"]) if loss is None] == [2]
     assert "NaN" not in (tmp_path / "out" / "training.json").read_text()
+    log = (tmp_path / "out" / "log.jsonl").read_text()
+    assert "NaN" not in log
+    assert [json.loads(line)["gradient_norm"] is None for line in log.splitlines()] == [at == 2 for at in range(10)]
 
 
 def test_a_draft_of_the_card_lies_beside_the_adapter(packed, tmp_path):
@@ -412,6 +416,31 @@ def test_a_draft_of_the_card_lies_beside_the_adapter(packed, tmp_path):
     assert f"| its own | {scores['held_out_loss']:.3f} |" in card
     assert "| layers read | 1, 3, 4 of 6, one in a prompt |" in card
     assert card_of(out) == card
+
+
+def test_the_recipe_beside_the_adapter_is_the_one_that_was_followed(packed, tmp_path):
+    """Of what was packed, by flags or not, with the folders that were used; and it packs the same data set again."""
+    shares = [{**{key: each[key] for key in each if key != "count"}, "share": 1} for each in SOURCES]
+    task = {"name": "t", "sources": [SOURCES[1]]}
+    values = {"model": {"name": "demo", "precision": "fp32", "device": "cpu"}, "train": {**TRAIN, "steps": 1}}
+    values["data"] = {"out": "elsewhere", "examples": 60, "sources": shares}
+    recipe = parse_recipe({**values, "eval": {"tasks": [task]}})
+    flags = replace(recipe, data=replace(recipe.data, examples=30))
+    data, out, root = tmp_path / "p2", tmp_path / "runs" / "o2", packed.parent
+    pack(flags, root=root, out=data)
+    train(replace(recipe, train=replace(recipe.train, held_out=4)), data=data, out=out, root=root, progress=False)
+    for folder in (out, out / "best"):
+        saved = load_recipe(folder / "recipe.toml")
+        assert (saved.data.examples, saved.data.out, saved.train.out) == (30, str(data), str(folder))
+        assert "share 1 of 30" in (folder / "README.md").read_text()
+        assert card_of(folder) == (folder / "README.md").read_text()
+        pack(saved, root=folder, out=tmp_path / "again")
+        assert (tmp_path / "again/manifest.json").read_bytes() == (data / "manifest.json").read_bytes()
+        (path,) = (source.path for source in saved.eval.tasks[0].sources)
+        assert (folder / path).samefile(root / SOURCES[1]["path"])
+    best = json.loads((out / "best" / "training.json").read_text())
+    assert (best["steps"], len(best["losses"])) == (1, 1)
+    push(out / "best", "me/oracle", dry_run=True)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -725,6 +754,52 @@ def test_the_log_tells_rates_and_scores(packed, tmp_path):
         *("tflops", "peak_memory_bytes", "data_wait", "target_share"),
     }
     assert lines[0]["examples_per_second"] > 0
-    assert lines[1].keys() == {"step", "held_out_loss", "held_out_loss_shuffled", "held_out_gain"}
+    # A score's line tells the rates, too, also where it is none of every `log_every` steps.
+    assert lines[1].keys() == lines[0].keys() | {"held_out_loss", "held_out_loss_shuffled", "held_out_gain"}
     with pytest.raises(ModuleNotFoundError, match=r"train\.track names 'wandb'"):
         losses(packed, tmp_path / "other", track=("wandb",))
+
+
+@pytest.mark.parametrize("fails_at", ["plan", "trackers", "collecting"])
+def test_a_start_that_fails_leaves_an_earlier_run(fails_at, packed, tmp_path, monkeypatch):
+    recipe, out = recipe_of(steps=3, held_out=8, eval_every=1, save_every=1), tmp_path / "out"
+    train(recipe, data=packed, out=out, progress=False)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    changes = {"plan": {"examples_per_step": 100}, "trackers": {"track": ("wandb",)}, "collecting": {}}[fails_at]
+
+    def fail(*args, **kwargs):
+        raise Killed
+
+    # Settings are looked at before the model is loaded, which here cannot be.
+    monkeypatch.setattr(ao.train, "look_ahead" if fails_at == "collecting" else "load_replica", fail)
+    with pytest.raises({"plan": ValueError, "trackers": ModuleNotFoundError, "collecting": Killed}[fails_at]):
+        train(recipe_of(seed=1, **changes), data=packed, out=out, progress=False)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(packed, tmp_path, monkeypatch):
+    own, calls = Learner.losses, iter(range(10**6))
+
+    def broken(self, rows, vectors):
+        found = own(self, rows, vectors)
+        return math.nan if next(calls) == 0 else found
+
+    monkeypatch.setattr(Learner, "losses", broken)
+    recipe = recipe_of(steps=2, held_out=8, eval_every=1, save_every=1)
+    record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    first, last = (json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+    assert first["held_out_loss"] is None
+    assert record["best_held_out"] == {"step": 2, "loss": last["held_out_loss"]}
+
+
+def test_recomputed_tokens_are_added_up_row_by_row(packed, tmp_path, monkeypatch):
+    """Of rows that recompute as many blocks as they have tokens, up to all."""
+    monkeypatch.setattr(Recompute, "blocks", lambda self, tokens: min(self.num_blocks, tokens // 40))
+    changes = {"steps": 2, "tokens_per_row": 150}
+    record = train(recipe_of(**changes), data=packed, out=tmp_path / "out", progress=False)
+    here = Ranks(rank=0, world=1, device=torch.device("cpu"))
+    found = windows(PackedDataset.open(packed), recipe_of(**changes).train, here)
+    tokens = [sum(len(point.input_ids) for point in points) for _, w in found for rows in w for points in rows]
+    shares = [min(6, each // 40) / 6 for each in tokens]
+    assert len(set(shares)) > 1
+    assert record["recomputed_tokens"] == pytest.approx(sum(map(np.multiply, tokens, shares)), abs=0.01)

@@ -95,7 +95,7 @@ def train_rank(recipe: Recipe, data: Path, out: Path) -> None:
     from ao.train import train
 
     _quiet_libraries()
-    train(recipe, data=data, out=out)
+    train(recipe, data=data, out=out, root=out.parent)
 
 
 def _quiet_libraries() -> None:

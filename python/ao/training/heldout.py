@@ -9,6 +9,7 @@ import torch
 
 from ao.batch import rows_of
 from ao.distributed import Ranks
+from ao.manifest import finite
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.step import Learner
 
@@ -60,10 +61,12 @@ class HeldOut:
         rows = rows_of(lengths, tokens_per_row=tokens_per_row, packed=packed)
         self._rows = [[points[index] for index in row] for row in rows]
 
-    def score(self, learner: Learner) -> dict[str, float]:
-        """Loss with the datapoints' own activations and with others' of the same layer, and how much the own ones tell."""
+    def score(self, learner: Learner) -> dict[str, float | None]:
+        """Loss with the datapoints' own activations and with others' of the same layer, and how much the own ones tell;
+        None where a number is not finite."""
         own, other = (learner.losses(self._rows, vectors) for vectors in (self._vectors, self._shuffled))
-        return {"held_out_loss": own, "held_out_loss_shuffled": other, "held_out_gain": other - own}
+        found = {"held_out_loss": own, "held_out_loss_shuffled": other, "held_out_gain": other - own}
+        return {name: finite(value) for name, value in found.items()}
 
 
 def share_of(part: Part, here: Ranks) -> tuple[list[Datapoint], list[Datapoint]]:

@@ -59,9 +59,9 @@ class Meter:
         """Context tokens that this rank ran through the target."""
         self.counts["context_tokens"] += tokens
 
-    def step(self, result: StepResult, *, recomputed: float) -> None:
-        """A step is done, whose rows recomputed this share of the blocks."""
-        self.counts["recomputed_tokens"] += round(recomputed * result.input_tokens, 3)
+    def step(self, result: StepResult) -> None:
+        """A step is done."""
+        self.counts["recomputed_tokens"] += round(result.recomputed_tokens, 3)
         for name in ("examples", "input_tokens", "answer_tokens"):
             self.counts[name] += getattr(result, name)
         self.counts["skipped_steps"] += result.skipped

@@ -21,6 +21,9 @@ from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
 from ao.training.step import Learner
 
 FOLDER = "checkpoints"
+RECORD = "training.json"
+BEST = "best"
+"""Folder of the adapter as it was at its best held-out loss."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -95,6 +98,36 @@ def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, by steps done."""
     found = [path for path in (out / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def found_in(out: Path, *, resume: bool, restart: bool) -> Path | None:
+    """What a run goes on from: a checkpoint, or the record of a finished one; None to begin.
+
+    Raises:
+        FileExistsError: the folder holds something else than an adapter, or an unfinished run that is not to be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another --out")
+    is_adapter, saved = (out / "adapter_config.json").is_file(), checkpoints(out)
+    is_run = (out / "log.jsonl").is_file() or (out / FOLDER).is_dir()
+    if out.exists() and any(out.iterdir()) and not (is_adapter or is_run):
+        raise FileExistsError(f"{out} holds files that are no adapter; choose another --out")
+    if resume and (out / RECORD).is_file():
+        return out / RECORD
+    if resume and saved:
+        return saved[-1]
+    if saved and not (out / RECORD).is_file() and not restart:
+        raise FileExistsError(
+            f"{out} holds an unfinished run of {len(saved)} checkpoints; --resume goes on with it, --restart removes it"
+        )
+    return None
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run in the folder could be resumed from, its end and its best adapter."""
+    (out / RECORD).unlink(missing_ok=True)
+    for folder in (FOLDER, BEST):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def prune(out: Path, *, keep: int, best: int | None) -> None:

@@ -50,6 +50,8 @@ class StepResult:
     """Tokens of prompts and answers."""
     answer_tokens: int
     """Labelled tokens."""
+    recomputed_tokens: float
+    """Input tokens, each counted by the share of the blocks that its row recomputed."""
     stop: bool
     """Whether a rank was asked to stop."""
 
@@ -74,8 +76,6 @@ class Learner:
         self.config = config
         self.here = here
         self.recompute = recompute
-        self.recomputed_blocks = 0
-        """Of the latest row."""
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
 
@@ -119,7 +119,7 @@ class Learner:
             stop: whether this rank was asked to stop; all ranks are told in the result.
         """
         sums = self.backward(rows, vectors, stop=stop)
-        loss_sum, divisor, answer_tokens, input_tokens, examples, stopping = sums.tolist()
+        loss_sum, divisor, answer_tokens, input_tokens, examples, recomputed, stopping = sums.tolist()
         norm = float(self.gradient.norm())
         finite = math.isfinite(norm)
         if finite:
@@ -134,6 +134,7 @@ class Learner:
             examples=int(examples),
             input_tokens=int(input_tokens),
             answer_tokens=int(answer_tokens),
+            recomputed_tokens=recomputed,
             stop=stopping > 0,
         )
 
@@ -141,17 +142,17 @@ class Learner:
         """The gradient of a step, over all ranks, in `gradient`; no update.
 
         Returns:
-            Float64 [6] on the device: loss sum, what it is divided by, answer tokens, input tokens, examples, ranks
-            that were asked to stop.
+            Float64 [7] on the device: loss sum, what it is divided by, answer tokens, input tokens, examples, recomputed
+            tokens, ranks that were asked to stop.
         """
         self.gradient.zero_()
-        sums = torch.zeros(6, dtype=torch.float64, device=self.here.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=self.here.device)
         for points in rows:
             loss, counts = self.row_loss(points, vectors)
             sums[0] += loss
             sums[1:] += torch.tensor([*counts, 0], dtype=torch.float64).to(sums.device, non_blocking=True)
         if stop:
-            sums[5] += 1
+            sums[6] += 1
         self.here.sum_(sums)
         self.here.sum_(self.gradient)
         self.gradient /= sums[1].to(self.gradient.dtype)
@@ -160,7 +161,7 @@ class Learner:
     def row_loss(
         self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[float]]:
-        """Loss sum of one row, whose gradient is added up where gradients are on, and its four counts."""
+        """Loss sum of one row, whose gradient is added up where gradients are on, and its five counts."""
         sequences = [point.input_ids for point in points]
         multiple = COMPILED_MULTIPLE if self.config.compile else 1
         batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device, multiple=multiple)
@@ -186,8 +187,9 @@ class Learner:
             if loss.requires_grad:
                 loss.backward()
         divisor = len(points) if self.config.loss == "per_example_mean" else len(labels.ids_A)
-        self.recomputed_blocks = recomputed
-        return loss.detach(), [divisor, len(labels.ids_A), sum(map(len, sequences)), len(points)]
+        tokens = sum(map(len, sequences))
+        again = tokens * recomputed / self.arch.num_layers
+        return loss.detach(), [divisor, len(labels.ids_A), tokens, len(points), again]
 
     @torch.no_grad()
     def losses(self, rows: Rows, vectors: Mapping[str, torch.Tensor]) -> float:

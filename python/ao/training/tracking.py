@@ -12,6 +12,22 @@ from typing import Any
 from ao.manifest import fingerprint
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not there.
+
+    Raises:
+        ModuleNotFoundError: a tracker is not installed.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"train.track names {name!r}, which is not installed; pip install {name}, or leave it out "
+                "(log.jsonl is written anyway)"
+            ) from None
+
+
 class Log:
     """Writes each line to log.jsonl and to the trackers.
 
@@ -21,9 +37,6 @@ class Log:
         config: what the trackers show beside the run.
         step: steps done.
         active: False on ranks that do not speak: nothing is written.
-
-    Raises:
-        ModuleNotFoundError: a tracker is not installed.
     """
 
     def __init__(
@@ -52,7 +65,7 @@ class Log:
             return
         if self._file is None:
             self._file = self._opened()
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
@@ -79,13 +92,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _tracker(name: str, out: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
-    try:
-        import_module(name)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"train.track names {name!r}, which is not installed; pip install {name}, or leave it out "
-            "(log.jsonl is written anyway)"
-        ) from None
     return _TensorBoard(out) if name == "tensorboard" else _Run(name, out, config, resumed=resumed)
 
 
