@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from ao import _ao
-from ao.manifest import read_manifest, require_match
+from ao.manifest import require_match
+from ao.packed import SCHEMA, data_manifest
 
-SCHEMA = 1
-"""Version of the manifest and of the shards."""
 KINDS = ("base", "adapter", "difference")
 """What is read of the target: its base weights, its adapter, or the adapter minus the base."""
 
@@ -136,18 +135,13 @@ class PackedDataset:
 
         Raises:
             FileNotFoundError: no finished data set is there, or a shard is missing.
-            ValueError: a shard has not the size that the manifest says, or the set is of another schema; when a shard is
-                read, also: its structure is damaged.
+            ValueError: a shard has not the size that the manifest says, or the manifest is damaged or of another schema;
+                when a shard is read, also: its structure is damaged.
         """
         folder = Path(path)
         if not (folder / "manifest.json").is_file():
             raise FileNotFoundError(f"{folder}: no manifest.json, so no finished data set; make one with ao-pack")
-        manifest = read_manifest(folder / "manifest.json")
-        if (kind := manifest.get("kind"), schema := manifest.get("schema")) != ("packed", SCHEMA):
-            raise ValueError(
-                f"{folder}: expected a packed data set of schema {SCHEMA}, got kind {kind!r}, schema {schema!r}; "
-                "rerun ao-pack with this version of ao"
-            )
+        manifest = data_manifest(folder)
         shards = []
         for entry in manifest["shards"]:
             file = folder / entry["file"]

@@ -65,7 +65,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{many(summary['context_tokens_read'])}, so sharing saves a factor of {summary['sharing']:.2f}",
         *reasons(summary),
     ]
-    width = max(len("source"), *map(len, summary["sources"]))
+    width = max(map(len, ("source", *summary["sources"])))
     lines += ["", f"  {'source':<{width}} {'offered':>11} {'kept':>11} {'datapoints':>11} {'dropped':>9} {'bad':>6}"]
     for name, counts in summary["sources"].items():
         lines.append(

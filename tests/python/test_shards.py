@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tiny
-from ao import _ao
 from ao.config import parse_recipe
 from ao.pack import pack
 from ao.prompt import framer, identity
@@ -102,6 +101,13 @@ def test_folders_that_are_no_finished_data_set(copy: Path) -> None:
     manifest.write_text(json.dumps(content | {"schema": 2}))
     with pytest.raises(ValueError, match="expected a packed data set of schema 1, got kind 'packed', schema 2"):
         PackedDataset.open(copy)
+    manifest.write_text(json.dumps(content | {"counts": None}))
+    with pytest.raises(ValueError, match=r"manifest\.json has at counts: Input should be .*, got None; it is damaged"):
+        PackedDataset.open(copy)
+    del content["shards"][1]["bytes"], content["oracle"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json lacks oracle, shards\.1\.bytes; it is damaged"):
+        PackedDataset.open(copy)
     manifest.write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
         PackedDataset.open(copy)
@@ -126,21 +132,21 @@ def test_a_model_with_another_tokenizer_is_refused(packed: Path, model: str, tmp
         data.require(target={"num_layers": 9})
 
 
-def test_a_shard_of_which_nothing_was_kept_is_empty(tmp_path: Path) -> None:
+def test_a_shard_of_which_nothing_was_kept_is_empty(tmp_path: Path, model: str) -> None:
     """Shard numbers count examples offered, so one may hold nothing; columns and rows pass over it."""
-    from test_binding import TABLE, golden_framer, json_rows, settings, settled
-
-    examples = [
-        {"id": f"e{i}", "context": "the sea " * (1 if i != 1 else 400), "question": "Is it?", "answer": "Yes"}
+    lines = [
+        json.dumps(
+            {"id": f"e{i}", "context": "the sea " * (1 if i != 1 else 400), "question": "Is it?", "answer": "Yes"}
+        )
         for i in range(3)
     ]
-    changes = {"examples_per_shard": 1, "oracle": {}, "targets": {"base": {}}}
-    writer = _ao.PackWriter(tmp_path / "p", golden_framer(), settings(**changes))
-    writer.add(settled(kind="records"), TABLE, json_rows(examples), 0)
-    writer.finish()
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    values = {"examples_per_shard": 1, "max_context_tokens": 50, "layers_per_example": "together"}
+    values["sources"] = [{"name": "r", "kind": "records", "path": "records.jsonl"}]
+    pack(parse_recipe({"model": {"name": model}, "data": values}), root=tmp_path, out=tmp_path / "p")
     data = PackedDataset.open(tmp_path / "p", verify=True)
     assert [shard["datapoints"] for shard in data.manifest["shards"]] == [1, 0, 1]
     assert [datapoint.id for datapoint in data] == ["e0", "e2"]
     assert len(data.lengths) == len(data.groups) == len(data.kinds) == 2
-    assert data.layer_combinations == [(1, 2)]
+    assert data.layer_combinations == [(2, 4, 6)]
     assert data.groups.tolist() == [0, 1]

@@ -302,6 +302,29 @@ def test_columns_that_json_has_no_words_for_are_named(tmp_path: Path, values: pa
         assert plain(read(tmp_path, path=name, text="sentence", **CONTEXTS)) == [{"sentence": "A."}]
 
 
+TURNS = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": None}]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_of_a_chat_only_role_and_content_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """Whatever else its messages hold, such as the time or the picture of a turn."""
+    import datasets
+
+    more = [("role", pa.string()), ("at", pa.timestamp("us")), ("content", pa.string()), ("picture", pa.binary())]
+    chats = [[{**turn, "at": DAY, "picture": b"x"} for turn in TURNS], [], None]
+    table = pa.table({"chat": pa.array(chats, kind(pa.struct(more)))})
+    with pa.ipc.new_file(str(tmp_path / "t.arrow"), table.schema) as out:
+        out.write_table(table)
+    pq.write_table(table, tmp_path / "t.parquet")
+    saved = datasets.Dataset(table)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **values: saved.to_iterable_dataset())
+    for where in ({"path": "t.arrow"}, {"path": "t.parquet"}, {"path": "saved"}, {"dataset": "o/n"}):
+        assert plain(read(tmp_path, text="chat", **where, **CONTEXTS)) == [{"chat": each} for each in (TURNS, [], None)]
+    with pytest.raises(ValueError, match=r"column 'chat': expected text, .*cast it to text"):
+        read(tmp_path, path="t.parquet", kind="records")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"source 's': .*absent.* does not exist; its path is taken from"):
         read(tmp_path, kind="records", path="absent.jsonl")

@@ -15,7 +15,7 @@ from ao.cache import verify as verify_cache
 from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, build_problems, verify
-from ao.manifest import own_digest_problem, read_manifest
+from ao.manifest import own_digest_problem
 from ao.prompt import framer, vocabulary_size
 from ao.shards import PackedDataset
 from ao.summary import added_up, many, printable, summarized, summary_lines
@@ -166,7 +166,7 @@ def _headers(files: Sequence[Path]) -> list[dict[str, Any]]:
 def _summary(found: Found) -> dict[str, Any]:
     """The manifest, or what the shards that are there have of it, with the factor that sharing saves."""
     if found.kind == "packed":
-        manifest = read_manifest(found.path / "manifest.json")
+        manifest = found.content
     elif found.shards:
         manifest = {**PackedDataset.of_shards(found.shards).manifest}
         manifest |= added_up([header["stats"] for header in _headers(found.shards)])
@@ -284,15 +284,9 @@ def _texts(manifest: Mapping[str, Any], model: str | None) -> tuple[Framer | Non
 def _verified(found: Found, model: str | None, *, progress: bool) -> dict[str, Any]:
     problems: list[str] = []
     if found.kind == "packed":
-        manifest = read_manifest(found.path / "manifest.json")
+        manifest = found.content
         entries, folder = manifest["shards"], found.path
         problems += build_problems(manifest)
-        for entry in entries:
-            lacking = [name for name in ("sha256", "bytes", "datapoints", "examples") if name not in entry]
-            if lacking:
-                problems.append(
-                    f"{entry['file']}: manifest.json lacks its {', '.join(lacking)}; build the data set again"
-                )
         listed = {entry["file"] for entry in entries}
         problems += [
             f"{file.name}: manifest.json does not list it; remove it, or build the data set again"

@@ -11,8 +11,8 @@ from typing import Any
 
 from ao.cache import INDEX, PLAIN, ActivationCache
 from ao.manifest import read_manifest, require_match
+from ao.packed import data_manifest
 from ao.shards import PackedDataset
-from ao.summary import added_up
 
 KINDS = {
     "packed": "a packed data set",
@@ -140,14 +140,7 @@ def _packed(path: Path) -> Found:
     notes = []
     if path.suffix == ".partial":
         notes = [f"it is whole but for its name: mv {path} {path.with_suffix('')}"]
-    manifest = read_manifest(path / "manifest.json")
-    if (kind := manifest.get("kind")) != "packed":
-        raise ValueError(f"{path}: expected the manifest of a packed data set, got kind {kind!r}")
-    wanted = ("schema", "build", "framer", "oracle", "targets", "config", "inputs", "shards")
-    lacking = [name for name in (*wanted, *added_up([])) if name not in manifest]
-    if lacking:
-        raise ValueError(f"{path}: manifest.json lacks {', '.join(lacking)}; rerun ao-pack with this version of ao")
-    return Found("packed", path, notes=notes)
+    return Found("packed", path, content=data_manifest(path), notes=notes)
 
 
 def _activations(path: Path) -> Found:

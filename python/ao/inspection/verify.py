@@ -354,11 +354,15 @@ def build_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Whether the recipe, inputs and fingerprints of a manifest are those that its build's checksum was made from."""
     if any("e" in repr(number) for number in _floats(manifest)):
         return  # Python and Rust write such numbers differently, and a checksum would differ with them.
-    settings = build_settings(
-        manifest["config"], oracle=manifest["oracle"], targets=manifest["targets"], inputs=manifest["inputs"]
-    )
-    versions = {"schema": manifest["schema"], "rules": manifest.get("rules")}
-    text = canonical_json({"framer": manifest["framer"], "settings": settings, **versions})
+    try:
+        settings = build_settings(
+            manifest["config"], oracle=manifest["oracle"], targets=manifest["targets"], inputs=manifest["inputs"]
+        )
+        versions = {"schema": manifest["schema"], "rules": manifest.get("rules")}
+        text = canonical_json({"framer": manifest["framer"], "settings": settings, **versions})
+    except ValueError as error:
+        yield f"manifest.json: no build has its config or inputs: {error}; {_REMEDY}"
+        return
     if (found := hashlib.sha256(text.encode()).hexdigest()) != manifest["build"]:
         yield (
             "manifest.json: its config, inputs or fingerprints are not those that it was built from (expected build "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ao.config import SLOT, ClassificationSource, ContextPredictionSource, SourceConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Found = TypeVar("Found", "pa.RecordBatch", "pa.Table")
 
 
 def fields(template: str) -> list[str]:
@@ -24,7 +26,7 @@ class Columns:
     needed: tuple[str, ...] = ()
     """Each must be there; without any, all columns are read."""
     any_of: tuple[str, ...] = ()
-    """Those of these that are there are read, one at least."""
+    """Those of these that are there are read, one at least; of the messages of a chat, role and content alone."""
     label: str | None = None
     """The one that holds labels."""
 
@@ -56,18 +58,41 @@ class Columns:
         return [name for name in names if name in wanted]
 
 
-def require_plain(schema: pa.Schema, *, where: str) -> None:
-    """Refuse columns that JSON has no words for: a date would be packed as the number that Arrow stores for it.
+def plain(found: Found, columns: Columns, *, where: str) -> Found:
+    """A batch, or a table, as rows are made of it: of the messages of a chat role and content alone.
 
     Raises:
-        ValueError: names the column and its type.
+        ValueError: JSON has no words for a column, as for a date, which would be packed as the number that Arrow stores for
+            it; names the column and its type.
     """
-    for column in schema:
+    import pyarrow as pa
+
+    kept = [
+        column.with_type(_turns_alone(column.type)) if column.name in columns.any_of else column
+        for column in found.schema
+    ]
+    for column in kept:
         if not _is_plain(column.type):
             raise ValueError(
                 f"{where}: column {column.name!r}: expected text, numbers, true and false, lists or structs of them, got "
                 f"{column.type}; cast it to text"
             )
+    schema = pa.schema(kept, found.schema.metadata)
+    return found if schema == found.schema else found.cast(schema)
+
+
+def _turns_alone(kind: pa.DataType) -> pa.DataType:
+    """The type of a list of messages without all that they have besides role and content; any other type as it is."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    is_large = types.is_large_list(kind)
+    if not (is_large or types.is_list(kind)) or not types.is_struct(message := kind.value_type):
+        return kind
+    turn = [field for field in message.fields if field.name in ("role", "content")]
+    if len(turn) < 2:
+        return kind
+    return (pa.large_list if is_large else pa.list_)(kind.value_field.with_type(pa.struct(turn)))
 
 
 def _is_plain(kind: pa.DataType) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ao.config import SourceConfig
 from ao.sources import blocks
 from ao.sources.blocks import BYTE_ORDER_MARK, opened, read_blocks, suffixes
-from ao.sources.columns import Columns, require_plain, spelled
+from ao.sources.columns import Columns, plain, spelled
 from ao.sources.csv_rows import read_csv
 from ao.sources.table import Read, Table
 
@@ -290,8 +290,8 @@ def _numbered(
     names = class_names(metadata, columns.label)
     first_row = 0
     try:
-        for whole in batches:
-            require_plain(whole.schema, where=str(path))
+        for found in batches:
+            whole = plain(found, columns, where=str(path))
             per_batch = _per_batch(whole.nbytes, whole.num_rows)
             for start in range(0, whole.num_rows, per_batch):
                 batch = whole.slice(start, per_batch)

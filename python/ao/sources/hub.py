@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao.config import SourceConfig
-from ao.sources.columns import Columns, require_plain, spelled
+from ao.sources.columns import Columns, plain, spelled
 from ao.sources.table import Table
 
 if TYPE_CHECKING:
@@ -118,9 +118,8 @@ def _record_batches(
 ) -> Iterator[tuple[pa.RecordBatch, int]]:
     first_row = 0
     for table in found:
-        require_plain(table.schema, where=where)
         # A shuffled stream gives a chunk for each row.
-        for batch in table.combine_chunks().to_batches():
+        for batch in plain(table, columns, where=where).combine_chunks().to_batches():
             yield batch if classes is None else spelled(batch, str(columns.label), classes), first_row
             first_row += batch.num_rows
 
