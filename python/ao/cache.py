@@ -357,9 +357,19 @@ class ActivationCache:
         """Activations [K, D] of one context, one for each entry of the parallel `layers` and `positions`.
 
         Raises:
+            IndexError: the context has no such position.
             KeyError: one was not collected.
+            ValueError: the ids are no token ids, or layers and positions are not one number each.
         """
-        keys = context_keys(context_ids)[positions]
+        keys, layers, positions = context_keys(context_ids), np.asarray(layers), np.asarray(positions)
+        for name, numbers in (("layers", layers), ("positions", positions)):
+            if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+                raise ValueError(f"{name}: expected numbers [K], got {numbers.dtype} {list(numbers.shape)}")
+        if len(layers) != len(positions):
+            raise ValueError(f"expected a layer for each position, got {len(layers)} layers and {len(positions)} positions")
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(keys):
+            raise IndexError(f"positions {positions.min()}..{positions.max()} of a context of {len(keys)} tokens")
+        keys = keys[positions.astype(np.int64)]
         out = np.empty((len(keys), self.width), dtype=_NUMPY[self.dtype])
         for layer in np.unique(layers).tolist():
             here = np.flatnonzero(layers == layer)

@@ -293,6 +293,22 @@ def test_vectors_of_a_context(tmp_path: Path) -> None:
     assert np.array_equal(found, [rows[3][1], rows[1][2], rows[3][0], rows[1][0]])
     with pytest.raises(KeyError, match=r"layer 1, positions \[3\] were not collected"):
         cache.vectors(ids, np.array([1, 1]), np.array([0, 3]))
+    lists: Any = ([3, 1, 3, 1], [0, 2, 3, 0])
+    assert np.array_equal(cache.vectors(ids, *lists), found)
+    assert cache.vectors(ids, np.array([]), np.array([])).shape == (0, WIDTH)
+    refused: list[tuple[Any, Any, type[Exception], str]] = [
+        ([1], [0, 1, 2], ValueError, "expected a layer for each position, got 1 layers and 3 positions"),
+        ([1, 1, 1, 3], [0, 1, 2], ValueError, "got 4 layers and 3 positions"),
+        (1, [0], ValueError, r"layers: expected numbers \[K\], got int64 \[\]"),
+        ([1], [[0]], ValueError, r"positions: expected numbers \[K\], got int64 \[1, 1\]"),
+        ([1], [True], ValueError, r"positions: expected numbers \[K\], got bool"),
+        ([1], [0.5], ValueError, r"positions: expected numbers \[K\], got float64"),
+        ([1], [-1], IndexError, r"positions -1\.\.-1 of a context of 4 tokens"),
+        ([1, 1], [0, 4], IndexError, r"positions 0\.\.4 of a context of 4 tokens"),
+    ]
+    for layers, positions, error, message in refused:
+        with pytest.raises(error, match=message):
+            cache.vectors(ids, layers, positions)
 
 
 def test_units_of_other_targets_are_refused(tmp_path: Path) -> None:
