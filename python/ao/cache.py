@@ -35,6 +35,8 @@ PLAIN = "*.plain.safetensors"
 MODES = ("auto", "warm", "hinted", "direct")
 """How rows are gathered. warm: through the page cache; hinted: all announced to it first; direct: past it, several at once;
 auto: one of these, by whether a few of the rows are in the page cache."""
+KEPT_MAPPED = 64
+"""Files of a layer that stay mapped: each mapping keeps its file open, and a process may often have no more than 1,024."""
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """Of the norms of a layer, in the manifest."""
 
@@ -146,6 +148,9 @@ class CachedLayer:
             with open(path, "rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             view = np.frombuffer(mapping, dtype, count=shape[0] * shape[1], offset=HEADER_BYTES)
+            if len(self._views) == KEPT_MAPPED:
+                # What somebody still looks at stays mapped all the same.
+                del self._views[next(iter(self._views))]
             self._views[unit] = view.reshape(shape)
         return self._views[unit]
 
@@ -238,7 +243,7 @@ class CachedLayer:
             out = np.empty((len(rows), self.width), dtype=_NUMPY[self.dtype])
         if tuple(out.shape) != (len(rows), self.width):
             raise ValueError(f"out: expected the shape {[len(rows), self.width]}, got {list(out.shape)}")
-        self._reader.gather(rows, _as_array(out, self.dtype), mode=mode)
+        self._reader.gather(rows, bits_of(out, self.dtype, "out"), mode=mode)
         return out
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -264,17 +269,28 @@ class CachedLayer:
         return np.ascontiguousarray(rows, dtype=np.int64)
 
 
-def _as_array(out: Any, dtype: str) -> np.ndarray:
-    if not isinstance(out, np.ndarray):
+def bits_of(values: Any, dtype: str, name: str) -> np.ndarray:
+    """An array over the memory of an array or CPU tensor of a cache's type, for what sees bytes.
+
+    Args:
+        values: the array or tensor.
+        dtype: BF16, F16 or F32.
+        name: what errors call it.
+
+    Raises:
+        ValueError: it has another type, or is on a device.
+    """
+    if not isinstance(values, np.ndarray):
         import torch
 
         expected = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-        if out.dtype != expected or out.device.type != "cpu":
-            raise ValueError(f"out: expected a CPU tensor of {expected}, got {out.dtype} on {out.device}")
-        return out.view(torch.int32 if dtype == "F32" else torch.int16).numpy()
-    if out.dtype != np.dtype(_NUMPY[dtype]):
-        raise ValueError(f"out: expected {np.dtype(_NUMPY[dtype])} for rows of {dtype}, got {out.dtype}")
-    return out
+        if not isinstance(values, torch.Tensor) or values.dtype != expected or values.device.type != "cpu":
+            found = f"{values.dtype} on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"{name}: expected an array, or a CPU tensor of {expected}, got {found}")
+        return values.detach().view(torch.int32 if dtype == "F32" else torch.int16).numpy().view(_NUMPY[dtype])
+    if values.dtype != np.dtype(_NUMPY[dtype]):
+        raise ValueError(f"{name}: expected {np.dtype(_NUMPY[dtype])} for {dtype}, got {values.dtype}")
+    return values
 
 
 class ActivationCache:
@@ -366,7 +382,9 @@ class ActivationCache:
             if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
                 raise ValueError(f"{name}: expected numbers [K], got {numbers.dtype} {list(numbers.shape)}")
         if len(layers) != len(positions):
-            raise ValueError(f"expected a layer for each position, got {len(layers)} layers and {len(positions)} positions")
+            raise ValueError(
+                f"expected a layer for each position, got {len(layers)} layers and {len(positions)} positions"
+            )
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(keys):
             raise IndexError(f"positions {positions.min()}..{positions.max()} of a context of {len(keys)} tokens")
         keys = keys[positions.astype(np.int64)]

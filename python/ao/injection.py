@@ -111,15 +111,13 @@ class Injector:
         self._handle = layers[layer].register_forward_hook(self._hook)
 
     @contextmanager
-    def injecting(
-        self, positions_K: torch.Tensor, vectors_KD: torch.Tensor, *, times: tuple[int, ...] = (1,)
-    ) -> Iterator[None]:
+    def injecting(self, positions_K: torch.Tensor, vectors_KD: torch.Tensor, *, hits: int = 1) -> Iterator[None]:
         """Inject in every forward inside.
 
         Args:
             positions_K: places in the flattened [B * T] of the prompt.
             vectors_KD: one vector per place.
-            times: how often the hook may have fired by the end: once per forward, and once more per recompute where the
+            hits: how often the hook must have fired by the end: once per forward, and once more per recompute where the
                 library's checkpointing runs hooks again.
 
         Raises:
@@ -135,17 +133,17 @@ class Injector:
             yield
         finally:
             self._state = None
-        self.require_hits(*times)
+        self.require_hits(hits)
 
-    def require_hits(self, *times: int) -> None:
+    def require_hits(self, hits: int) -> None:
         """Refuse another number of injections since `injecting` was entered.
 
         Raises:
             RuntimeError: tells how often the hook fired.
         """
-        if self.hits not in times:
+        if self.hits != hits:
             raise RuntimeError(
-                f"injection: the hook at layer {self.layer} fired {self.hits} times, expected {' or '.join(map(str, times))}; "
+                f"injection: the hook at layer {self.layer} fired {self.hits} times, expected {hits}; "
                 "the hooked block was bypassed or run more often than it should"
             )
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as serialize
 
-from ao._ao import ActivationWriter
 from ao.cache import PLAIN, ActivationCache
+from ao.cache_writer import CacheWriter
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, with_own_digest, write_atomic
 from ao.residuals import ROW_TYPES
@@ -39,20 +39,14 @@ class CacheSink(Sink):
         self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
     ) -> None:
         self._keys = unit.keys()
-        self._writer = ActivationWriter(
-            out,
-            run=run,
-            unit=number,
-            contract_json=canonical_json(contract),
-            dtype=dtype,
-            width=width,
-            layers=np.unique(unit.wanted.layers).tolist(),
+        layers = np.unique(unit.wanted.layers).tolist()
+        self._writer = CacheWriter(
+            out, run=run, unit=number, contract=contract, dtype=dtype, width=width, layers=layers
         )
 
     def append(self, layer: int, indices: np.ndarray, norms_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
         """Have rows copied to the writer."""
-        bits = torch.int32 if rows_KD.dtype == torch.float32 else torch.int16
-        self._writer.append(layer, self._keys[indices], norms_K.numpy(), rows_KD.view(bits).numpy())
+        self._writer.append(layer, self._keys[indices], norms_K, rows_KD)
 
     def finish(self) -> None:
         """Write the index."""

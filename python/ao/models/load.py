@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from ao.config import ModelConfig
@@ -176,6 +177,12 @@ def enable_recompute(model: PreTrainedModel) -> None:
     # Renamed in transformers 5.23; the old name warns there.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def recompute_runs_hooks() -> bool:
+    """Whether a block that is computed again runs its hooks again: up to transformers 5.22 checkpointing wraps the call of a
+    block, later its forward."""
+    return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def recompute_blocks(layers: nn.ModuleList, count: int) -> None:

@@ -22,7 +22,7 @@ from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, lean_forward
-from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks
+from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks, recompute_runs_hooks
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
 
@@ -177,10 +177,9 @@ class Learner:
         if self.recompute.possible and torch.is_grad_enabled():
             recomputed = self.recompute.blocks(batch.input_ids_BT.numel())
             recompute_blocks(self.arch.layers, recomputed)
-        # Checkpointing of some versions of transformers runs the hook again.
-        times = (1, 2) if recomputed else (1,)
+        hits = 2 if recomputed > self.injector.layer and recompute_runs_hooks() else 1
         places_K = torch.from_numpy(places).to(self.here.device, non_blocking=True)
-        with self.injector.injecting(places_K, vectors_KD, times=times):
+        with self.injector.injecting(places_K, vectors_KD, hits=hits):
             resid_BTD = self.arch.decoder(**batch.model_inputs).last_hidden_state
             self.injector.require_hits(1)
             loss = answer_loss(self.arch, resid_BTD, labels)
