@@ -189,9 +189,8 @@ impl Classification {
         let most = |own: &Arc<str>| -> usize {
             self.labels.get(&**own).map_or(1, |words| words.iter().map(|word| labels.worded[word].len()).sum())
         };
-        let is_alone = |own: &&Arc<str>| {
-            most(own) >= labels.all.len() && self.not_wrong(&[own], labels).len() == labels.all.len()
-        };
+        let is_alone =
+            |own: &&Arc<str>| most(own) >= labels.all.len() && self.not_wrong(&[own], labels).len() == labels.all.len();
         if self.asking().next().is_some()
             && let Some(own) = labels.all.iter().find(is_alone)
         {
