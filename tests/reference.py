@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 PLACEHOLDER = " ?"
@@ -137,10 +138,17 @@ def records(source: dict[str, Any], tables: list[Table], seed: int) -> list[Exam
 def context_prediction(source: dict[str, Any], tables: list[Table], seed: int) -> list[Example]:
     """Each text or chat several times; what is asked is drawn when the tokens are known."""
     return [
-        Example(f"{unit}/{draw}", unit, row["messages"] if "messages" in row else row[source["text"]].strip())
+        Example(f"{unit}/{draw}", unit, document(source, row))
         for _, unit, row in numbered(tables)
         for draw in range(source["draws_per_text"])
     ]
+
+
+def document(source: dict[str, Any], row: dict[str, Any]) -> Context:
+    """A chat's roles and contents, whatever else it says, or a text; nothing where there is a null."""
+    if row.get("messages") is None:
+        return (row.get(source["text"]) or "").strip()
+    return [{"role": turn["role"], "content": turn.get("content") or ""} for turn in row["messages"]]
 
 
 def classification(source: dict[str, Any], tables: list[Table], seed: int) -> list[Example]:
@@ -352,6 +360,10 @@ class Dropped(Exception):
     """An example that makes no datapoint; the argument is the reason."""
 
 
+class Bad(Exception):
+    """An example that cannot be used; the argument is the reason."""
+
+
 class Framed(NamedTuple):
     """A context as text, ids and the code points that each token covers."""
 
@@ -380,11 +392,20 @@ class Reference:
         )
 
     def context(self, context: Context) -> Framed:
-        """What the target reads."""
+        """What the target reads.
+
+        Raises:
+            Bad: there is nothing, or the template refuses it.
+        """
+        if not context or (not isinstance(context, str) and not all(turn["content"] for turn in context)):
+            raise Bad("empty_context")
         if isinstance(context, str):
             text = (self.tokenizer.bos_token or "") + context
         else:
-            text = self.render(context, generation=context[-1]["role"] != "assistant")
+            try:
+                text = self.render(context, generation=context[-1]["role"] != "assistant")
+            except TemplateError:
+                raise Bad("template") from None
         return Framed(text, *self.encode(text))
 
     def prompt(self, layers: list[int], num_positions: int, question: str) -> tuple[list[int], list[int]]:
@@ -417,11 +438,14 @@ class Reference:
         if read is None:
             return list(range(len(framed.ids)))
         wanted = [self.span(context, framed.text, each) for each in read]
-        return [
+        found = [
             index
             for index, (start, end) in enumerate(framed.spans)
-            if any(start < stop and end > first for first, stop in wanted)
+            if any(start < stop and end > first for first, stop in wanted if first < stop)
         ]
+        if not found:
+            raise Bad("bad_value")
+        return found
 
     def span(self, context: Context, text: str, read: dict[str, Any]) -> tuple[int, int]:
         """Code points of the rendered text that one entry of `read` means."""
@@ -435,10 +459,11 @@ class Reference:
             return self.turn_start(context, text, message), self.turn_start(context, text, message + 1)
         # The spans count in the content as the example has it; templates may cut white space from it.
         content = context[message]["content"]
-        place = self.content_start(context, message)
-        shown = next(form for form in (content, content.lstrip("\n"), content.strip()) if text.startswith(form, place))
-        start = place - content.index(shown)
-        return max(start + read["start"], place), min(start + read["end"], place + len(shown))
+        before, behind = self.around(context, message)
+        assert text.startswith(before) and text.endswith(behind)
+        place, stop = len(before), len(text) - len(behind)
+        start = place - content.index(text[place:stop])
+        return max(start + read["start"], place), min(start + read["end"], stop)
 
     def turn_start(self, context: list[dict[str, str]], text: str, message: int) -> int:
         """Where the header of a turn begins in the rendered text, or the generation prompt behind the last one."""
@@ -450,14 +475,15 @@ class Reference:
             return len(before)
         # A template that shows earlier turns otherwise once others follow: then the turn's own header tells.
         header = self.render([context[message] | {"content": MARK}], generation=False).split(MARK)[0].removeprefix(bos)
-        start = self.content_start(context, message) - len(header)
+        start = len(self.around(context, message)[0]) - len(header)
         assert text.startswith(header, start)
         return start
 
-    def content_start(self, context: list[dict[str, str]], message: int) -> int:
-        """Where the content of a message begins in the rendered text, what the template cuts from it left out."""
+    def around(self, context: list[dict[str, str]], message: int) -> tuple[str, str]:
+        """What stands before and behind the content of a message in the rendered text."""
         marked = [*context[:message], context[message] | {"content": MARK}, *context[message + 1 :]]
-        return self.render(marked, generation=context[-1]["role"] != "assistant").index(MARK)
+        before, _, behind = self.render(marked, generation=context[-1]["role"] != "assistant").partition(MARK)
+        return before, behind
 
     # What an example draws
 
@@ -466,6 +492,8 @@ class Reference:
         if rule is None:
             rule = share(reads, draws)
         if isinstance(rule, list):
+            if not all(-len(readable) <= index < len(readable) for index in rule):
+                raise Bad("position_out_of_range")
             return [readable[index] for index in rule]
         if rule == "all" or rule.get("all"):
             return readable
@@ -479,17 +507,23 @@ class Reference:
     ) -> tuple[list[int], str, str]:
         """The tokens read by an example of context prediction, its question and its answer."""
         draws = Draws(settings.seed, example.id, "lens")
-        if source["within"] == "assistant":
-            first, end = self.assistant_turn(example.context, framed, draws)
-        else:
-            first, end = int(framed.ids[:1] == [self.tokenizer.bos_token_id]), len(framed.ids)
-        available = range(first, min(end, source["max_context_tokens"], settings.max_context_tokens))
         single = draws.unit() < source["single_share"]
         is_next = source["direction"] == "next" or (source["direction"] == "both" and draws.below(2) == 0)
         least_read, most_read = (1, 1) if single else source["window"]
         least_answer, most_answer = source["predict"]
-        if len(available) < least_read + least_answer:
+        if source["within"] == "assistant":
+            stretches = self.assistant_turns(example.context, framed)
+        else:
+            stretches = [range(int(framed.ids[:1] == [self.tokenizer.bos_token_id]), len(framed.ids))]
+        stretches = [stretch for stretch in stretches if len(stretch) >= least_read + least_answer]
+        if not stretches:
             raise Dropped("context_too_short")
+        most = min(source["max_context_tokens"], settings.max_context_tokens)
+        cut = [range(stretch.start, min(stretch.stop, most)) for stretch in stretches]
+        cut = [stretch for stretch in cut if len(stretch) >= least_read + least_answer]
+        if not cut:
+            raise Dropped("beyond_max_context_tokens")
+        available = cut[draws.between(0, len(cut) - 1)] if source["within"] == "assistant" else cut[0]
         reason = ""
         for _ in range(16):
             num_answer = draws.between(least_answer, min(most_answer, len(available) - least_read))
@@ -515,16 +549,15 @@ class Reference:
             question = f"Can you predict the previous {num_answer} {tokens} that came before this?"
         return list(read), question, answer
 
-    def assistant_turn(self, context: Context, framed: Framed, draws: Draws) -> tuple[int, int]:
-        """The first and the end of the tokens of one of the assistant's contents."""
+    def assistant_turns(self, context: Context, framed: Framed) -> list[range]:
+        """The tokens of each of the assistant's contents."""
         turns = [] if isinstance(context, str) else context
         said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
         if not said:
             raise Dropped("no_assistant_turn")
-        message = said[draws.between(0, len(said) - 1)]
-        read = {"message": message, "start": 0, "end": len(turns[message]["content"])}
-        tokens = self.overlapping(context, [read], framed)
-        return tokens[0], tokens[-1] + 1
+        reads = [{"message": message, "start": 0, "end": len(turns[message]["content"])} for message in said]
+        tokens = [self.overlapping(context, [read], framed) for read in reads]
+        return [range(own[0], own[-1] + 1) for own in tokens]
 
     # The whole
 
@@ -533,19 +566,21 @@ class Reference:
 
         Raises:
             Dropped: it makes none.
+            Bad: it cannot be used.
         """
         if example.dropped is not None:
             raise Dropped(example.dropped)
         if source["kind"] == "classification" and example.question is None:
             raise Dropped("no_wrong_label")
-        framed = self.context(example.context)
         question, answer = example.question, example.answer
         if source["kind"] == "context_prediction":
+            try:
+                framed = self.context(example.context)
+            except Bad as bad:
+                raise Dropped({"template": "refused_by_template"}.get(bad.args[0], bad.args[0])) from None
             read, question, answer = self.lens(settings, source, example, framed)
         else:
-            readable = self.overlapping(example.context, example.read, framed)
-            draws = Draws(settings.seed, example.id, "read")
-            read = self.positions(example.positions, source["reads"], readable, draws)
+            framed, read = self.read(settings, source, example)
         if max(read) + 1 > settings.max_context_tokens:
             raise Dropped("context_too_long")
         layers = settings.read_layers
@@ -554,6 +589,8 @@ class Reference:
         way = source.get("layers_per_example") or settings.layers_per_example
         if way == "one":
             layers = [layers[Draws(settings.seed, example.id, "layer").between(0, len(layers) - 1)]]
+        if self.special_ids.intersection(self.encode(answer)[0]):
+            raise Dropped("special_token_in_answer")
         found = []
         for group in [[layer] for layer in layers] if way == "each" else [layers]:
             name = f"{example.id}@L{group[0]}" if way == "each" else example.id
@@ -563,6 +600,17 @@ class Reference:
             texts = {"question": question, "answer": answer, "kind": example.target, "meta": example.meta}
             found.append(Datapoint(id=name, source=source["name"], **arrays, **texts))
         return found
+
+    def read(self, settings: Settings, source: dict[str, Any], example: Example) -> tuple[Framed, list[int]]:
+        """The context of an example with a question, and the tokens that are read of it.
+
+        Raises:
+            Bad: it cannot be used.
+        """
+        framed = self.context(example.context)
+        readable = self.overlapping(example.context, example.read, framed)
+        draws = Draws(settings.seed, example.id, "read")
+        return framed, self.positions(example.positions, source["reads"], readable, draws)
 
     def datapoint(self, example: dict[str, Any], *, layers: list[int], positions: list[int]) -> dict[str, Any]:
         """The arrays of an example whose draws are given."""
@@ -598,13 +646,19 @@ def layer_index(layer: float, num_layers: int) -> int:
     return layer if isinstance(layer, int) else int(num_layers * round(100 * layer, 6) / 100)
 
 
-def unanswerable(settings: Settings, source: dict[str, Any], example: Example, shard: list[Example]) -> Example:
+def unanswerable(
+    reference: Reference, settings: Settings, source: dict[str, Any], example: Example, shard: list[Example]
+) -> Example:
     """The example, or for a share of a source's examples the same question about a context that does not tell.
 
-    `shard` is all examples of the source in the same shard.
+    `shard` is all examples of the source in the same shard. One that cannot be used gives no context to others.
+
+    Raises:
+        Bad: the example cannot be used itself.
     """
-    if not (rule := source.get("unanswerable")):
+    if not (rule := source.get("unanswerable")) or example.dropped is not None or example.question is None:
         return example
+    reference.read(settings, source, example)
     draws = Draws(settings.seed, example.id, "unanswerable")
     if draws.unit() >= rule["share"]:
         return example
@@ -613,30 +667,39 @@ def unanswerable(settings: Settings, source: dict[str, Any], example: Example, s
         other = units[draws.below(len(units))]
         if other.label != example.label if example.label is not None else other.context != example.context:
             reads = {"context": other.context, "read": other.read, "positions": other.positions}
-            return replace(example, answer=rule["answer"], meta=example.meta | {"unanswerable": True}, **reads)
+            given = replace(example, answer=rule["answer"], meta=example.meta | {"unanswerable": True}, **reads)
+            try:
+                reference.read(settings, source, given)
+            except Bad:
+                continue
+            return given
     return replace(example, lacks_donor=True)
 
 
 def build_all(
     reference: Reference, settings: Settings, sources: list[tuple[dict[str, Any], list[Table]]]
-) -> tuple[list[Datapoint], dict[str, int], int]:
-    """The datapoints of a whole data set, how many examples were dropped for each reason, and for how many datapoints no
-    context was found that would have made them unanswerable.
+) -> tuple[list[Datapoint], dict[str, int], dict[str, int], int]:
+    """The datapoints of a whole data set, how many examples were dropped and how many rows were bad for each reason, and for
+    how many datapoints no context was found that would have made them unanswerable.
     """
     numbered_examples = [
         (source, example) for source, tables in sources for example in examples(source, tables, seed=settings.seed)
     ]
-    datapoints, drops, without_donor = [], {}, 0
+    datapoints, drops, errors, without_donor = [], {}, {}, 0
     size = settings.examples_per_shard
     for begin in range(0, len(numbered_examples), size):
-        shard = numbered_examples[begin : begin + size]
+        shard, bad_units = numbered_examples[begin : begin + size], set()
         for source, example in shard:
             beside = [other for of, other in shard if of is source]
-            given = unanswerable(settings, source, example, beside)
             try:
+                given = unanswerable(reference, settings, source, example, beside)
                 made = reference.build(settings, source, given)
                 datapoints += made
                 without_donor += given.lacks_donor * len(made)
             except Dropped as dropped:
                 drops[dropped.args[0]] = drops.get(dropped.args[0], 0) + 1
-    return datapoints, drops, without_donor
+            except Bad as bad:
+                counts, reason = (drops, "of_a_bad_row") if example.unit in bad_units else (errors, bad.args[0])
+                bad_units.add(example.unit)
+                counts[reason] = counts.get(reason, 0) + 1
+    return datapoints, drops, errors, without_donor

@@ -151,7 +151,7 @@ class PackWriter:
             "max_input_tokens", "max_context_tokens", "oracle", "targets", "config", "inputs"}.
         part: (i, n) builds every n-th shard from the i-th on; `merge` joins the parts.
         resume: Go on with the shards that are there; without it there must be none.
-        max_errors: How many bad examples are passed over and counted before the build stops.
+        max_errors: How many bad rows are passed over and counted before the build stops.
 
     Raises:
         AoError: A setting cannot be used, another process builds this part, or the shards there belong to another build.

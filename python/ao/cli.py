@@ -53,7 +53,7 @@ class Pack:
     where OUT is whole already; if a file of it is missing or has another size, or a version of ao with other rules
     built it, it is built anew."""
     max_errors: int = 0
-    """Pass over this many bad examples, counted by reason, before stopping; each part counts its own."""
+    """Pass over this many bad rows, counted by reason, before stopping; each part counts its own."""
     json: bool = False
     """One JSON object on stdout."""
     model: ModelConfig = field(default_factory=ModelConfig)

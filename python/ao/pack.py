@@ -59,7 +59,7 @@ def pack(
             that of this build, and every shard is there with its size. One that is damaged, or was built by a version
             with other `RULES`, is built anew.
         restart: Remove an unfinished build first, and leave none.
-        max_errors: How many bad examples are passed over and counted before the build stops.
+        max_errors: How many bad rows are passed over and counted before the build stops.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -75,7 +75,7 @@ def pack(
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
     if max_errors < 0:
-        raise ValueError(f"max_errors must not be negative, got {max_errors}; 0 stops at the first bad example")
+        raise ValueError(f"max_errors must not be negative, got {max_errors}; 0 stops at the first bad row")
     if not recipe.data.sources:
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
     found = _sources(recipe.data, root)

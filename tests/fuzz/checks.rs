@@ -53,6 +53,7 @@ fn sources() -> Vec<(Value, Value)> {
     let stimuli =
         json!({"name": "q", "kind": "latentqa", "questions": {"a": [["What?", "A."], ["Is it?", "Yes"]], "b": []}});
     let relation = with(table("c"), "templates", json!(["{} is in", "Where {} is:"]));
+    let unanswerable = with(records.clone(), "unanswerable", json!({"share": 0.7, "answer": "no"}));
     vec![
         (records.clone(), table("r")),
         (with(records, "count", json!(2)), table("r")),
@@ -62,6 +63,7 @@ fn sources() -> Vec<(Value, Value)> {
         (labels, relation),
         (with(stimuli.clone(), "questions_per_stimulus", json!(1)), with(table("q"), "type", json!("control"))),
         (stimuli, with(table("q"), "type", json!("stimulus_completion"))),
+        (unanswerable, table("r")),
     ]
 }
 
@@ -312,7 +314,12 @@ fn rows() -> Vec<String> {
     let control = lines(&[json!({"label": "a", "control_user": "x"}), json!({"label": "b", "control_user": "y"})]);
     let stimulus =
         json!({"label": "a", "control_user": "x", "control_model": "y", "stimulus_user": "z", "stimulus_model": "w"});
-    vec![records.clone(), records, texts.clone(), texts, labels, relation, control, lines(&[stimulus])]
+    let bad = lines(&[
+        json!({"id": "e", "context": "a b", "question": "q", "answer": "a", "positions": [9]}),
+        json!({"id": "f", "context": [{"role": "user", "content": ""}], "question": "q", "answer": "<|im_end|>"}),
+    ]);
+    let mixed = format!("{records}\n{bad}");
+    vec![records.clone(), records, texts.clone(), texts, labels, relation, control, lines(&[stimulus]), mixed]
 }
 
 fn templates() -> Vec<&'static str> {

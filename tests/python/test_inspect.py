@@ -62,22 +62,22 @@ def packed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return root / "packed"
 
 
-def recipe(model: Path) -> Any:
+def recipe(model: Path, seed: int = 0) -> Any:
     sources = [
         {"name": "r", "kind": "records", "path": "records.jsonl", "layers_per_example": "each"},
         {"name": "c", "kind": "classification", "path": "classes.jsonl", "questions": ["Is it {label}?"]},
         {"name": "t", "kind": "context_prediction", "path": "texts.txt", "layers_per_example": "together"},
     ]
     sources[2] |= {"window": [1, 3], "predict": [1, 2]}
-    data = {"sources": sources, "examples_per_shard": 10}
+    data = {"sources": sources, "examples_per_shard": 10, "seed": seed}
     return parse_recipe({"model": {"name": str(model)}, "data": data})
 
 
-def build(root: Path, model: Path, **keywords: Any) -> None:
+def build(root: Path, model: Path, *, seed: int = 0, **keywords: Any) -> None:
     (root / "records.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
     (root / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CLASSES))
     (root / "texts.txt").write_text("\n\n".join(f"She will go to the park {i}, and he went." for i in range(8)))
-    pack(recipe(model), root=root, out=root / "packed", **keywords)
+    pack(recipe(model, seed), root=root, out=root / "packed", **keywords)
 
 
 @pytest.fixture
@@ -747,6 +747,17 @@ def test_unfinished_builds_say_how_to_go_on(tmp_path: Path, model: Path, packed:
     assert verified(alone) == []
     moved = shutil.copytree(packed, tmp_path / "whole.partial")
     assert f"mv {moved} {tmp_path / 'whole'}" in shown(moved)
+
+
+def test_parts_of_two_builds_are_not_said_to_join(tmp_path: Path, model: Path) -> None:
+    for name, seed, part in (("one", 0, (0, 2)), ("other", 1, (1, 2))):
+        (tmp_path / name).mkdir()
+        build(tmp_path / name, model, seed=seed, part=part)
+    shutil.copytree(tmp_path / "other" / "packed.partial", tmp_path / "one" / "packed.partial", dirs_exist_ok=True)
+    page = shown(tmp_path / "one" / "packed.partial")
+    assert "its files are of 2 builds, so they do not join" in page
+    assert re.search(r": part-0-of-2\.json, shard-00000\.safetensors.*: part-1-of-2\.json, shard-00001", page)
+    assert "--merge" not in page
 
 
 def test_a_shard_is_shown_by_itself(packed: Path, model: Path) -> None:

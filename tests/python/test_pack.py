@@ -403,7 +403,7 @@ def test_bad_rows_of_a_table_are_counted_too(
     )
     with pytest.raises(ValueError, match=told):
         pack(recipe, root=tmp_path, out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"3 examples cannot be used, more than the 2"):
+    with pytest.raises(ValueError, match=r"3 rows cannot be used, more than the 2"):
         pack(
             replace(recipe, data=replace(recipe.data, examples_per_shard=13)),
             root=tmp_path,
@@ -615,7 +615,7 @@ def test_real_files_equal_the_reference(tmp_path: Path) -> None:
     num_layers = data.manifest["targets"]["base"]["num_layers"]
     layers = [resolve_layer(depth, num_layers) for depth in recipe.data.read_depths]
     settings = slow.Settings(num_layers=num_layers, read_layers=layers)
-    expected, drops, _ = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
+    expected, drops, _, _ = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
     assert [datapoint.id for datapoint in data] == [datapoint.id for datapoint in expected]
     assert data.manifest["drops"] == drops
     for datapoint, right in zip(data, expected, strict=True):

@@ -111,8 +111,9 @@ def write_sources(folder: Path, seed: int) -> list[dict[str, Any]]:
 
     write_jsonl(folder / "texts.jsonl", [{"body": text, "other": [number]} for number, text in enumerate(texts)])
     with (folder / "texts.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n   \n" + json.dumps({"body": "  She went there. \n"}) + "\n")
-    write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
+        file.write("\n   \n" + json.dumps({"body": "  She went there. \n"}) + "\n" + json.dumps({"body": " "}) + "\n")
+    unusable = [[{"role": "user", "content": "", "at": 1}, chats[0][0]], [{"role": "user", "content": None}], [], None]
+    write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in [*chats, *unusable]])
 
     labels = ["news", "2", "sport\u00e9", "other"]
     table = [{"a": write.text(6), "b": write.text(6), "kind": chance.choice(labels)} for _ in range(40)]
@@ -160,7 +161,15 @@ def write_sources(folder: Path, seed: int) -> list[dict[str, Any]]:
             "direction": "previous",
             "predict": [1, 5],
         },
-        {"name": "said", "kind": "context_prediction", "path": "chats.jsonl", "within": "assistant", "predict": [1, 7]},
+        {
+            "name": "said",
+            "kind": "context_prediction",
+            "path": "chats.jsonl",
+            "within": "assistant",
+            "draws_per_text": 2,
+            "predict": [1, 7],
+            "max_context_tokens": 90,
+        },
         {
             "name": "tables",
             "kind": "classification",
@@ -203,6 +212,8 @@ def record(write: Writer, number: int) -> dict[str, Any]:
     """An Example with some of the optional fields."""
     chance = write.random
     made: dict[str, Any] = {"id": f"r{number}", "question": write.text(8), "answer": write.text(4)}
+    if chance.random() < 0.1:
+        made["answer"] += chance.choice(sorted(set(END_OF_TURN.values())))
     if number % 2:
         made["context"] = "The " + write.text(20)
         text = made["context"]
@@ -210,12 +221,18 @@ def record(write: Writer, number: int) -> dict[str, Any]:
         spans = [{"start": start, "end": whole(text, chance.randint(start + 1, len(text)))}, {"start": 0, "end": 3}]
     else:
         roles = ["system", "user", "assistant", "user", "assistant"][chance.randint(0, 1) : chance.randint(2, 5)]
-        made["context"] = [{"role": role, "content": f"A {write.text(9)} z"} for role in roles]
+        outer = ["", " ", "\n", " \n ", "\t\n"]
+        made["context"] = [
+            {"role": role, "content": f"{chance.choice(outer)}A {write.text(9)} z{chance.choice(outer)}"} for role in roles
+        ]
         message = chance.randrange(len(roles))
         spans = [chance.choice([{"message": message}, {"message": message, "onwards": True}])]
         if chance.random() < 0.5:
             content = made["context"][message]["content"]
-            spans = [{"message": message, "start": 0, "end": whole(content, chance.randint(1, len(content)))}]
+            start = whole(content, chance.choice([0, 0, chance.randrange(len(content))]))
+            start = min(start, len(content) - 1)
+            end = whole(content, chance.randint(start + 1, min(len(content), start + chance.choice([2, 99]))))
+            spans = [{"message": message, "start": start, "end": end}]
     if chance.random() < 0.7:
         made["read"] = spans[:1] if chance.random() < 0.5 else spans
     if chance.random() < 0.4:
@@ -230,9 +247,9 @@ def record(write: Writer, number: int) -> dict[str, Any]:
 
 
 def require_equal(root: Path, out: Path, model: str, *, end_of_turn: str, data: dict[str, Any]) -> PackedDataset:
-    """Pack, and compare every datapoint and the drops with the reference."""
+    """Pack, and compare every datapoint, the drops and the bad rows with the reference."""
     recipe = parse_recipe({"model": {"name": model}, "data": data})
-    pack(recipe, root=root, out=out)
+    pack(recipe, root=root, out=out, max_errors=100)
     packed = PackedDataset.open(out, verify=True)
     settings = Settings(
         num_layers=num_layers(model),
@@ -247,13 +264,14 @@ def require_equal(root: Path, out: Path, model: str, *, end_of_turn: str, data: 
             source["qa"] = json.loads((root / source["path"] / "qa.json").read_bytes())
         sources.append((source, read_tables(source, root)))
     reference = Reference(model_folder(model), end_of_turn=end_of_turn)
-    expected, drops, without_donor = build_all(reference, settings, sources)
+    expected, drops, errors, without_donor = build_all(reference, settings, sources)
     assert [datapoint.id for datapoint in packed] == [datapoint.id for datapoint in expected]
     for found, wanted in zip(packed, expected, strict=True):
         for field, value in asdict(wanted).items():
             got = getattr(found, field)
             assert (got.tolist() if isinstance(got, np.ndarray) else got) == value, (wanted.id, field)
     assert packed.manifest["drops"] == drops
+    assert packed.manifest["errors"] == errors
     counts = packed.manifest["counts"]
     assert counts["unanswerable"] == sum(point.meta.get("unanswerable") is True for point in expected)
     assert counts["without_donor"] == without_donor
@@ -286,6 +304,10 @@ def test_unanswerable_examples_equal_the_reference(tmp_path: Path, models: dict[
     """The same question about a context that does not tell, within the shard."""
     rule = {"share": 0.4, "answer": "I cannot tell."}
     sources = [source for source in write_sources(tmp_path, 3) if source["kind"] != "context_prediction"]
+    # Bad rows are bad once, in their own line, whoever draws their contexts.
+    bad = [{"id": f"bad{number}", "context": "Short.", "question": "?", "answer": "!"} for number in range(20)]
+    with (tmp_path / "records.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | {"positions": [99]}) + "\n" for row in bad)
     data = {"sources": [source | {"unanswerable": rule} for source in sources], "examples_per_shard": 50}
     packed = require_equal(
         tmp_path, tmp_path / "packed", str(models["qwen"]), end_of_turn=END_OF_TURN["qwen"], data=data
@@ -294,6 +316,7 @@ def test_unanswerable_examples_equal_the_reference(tmp_path: Path, models: dict[
     assert 0.3 < len(told) / len(packed) < 0.5
     assert all(datapoint.meta["unanswerable"] for datapoint in told)
     assert len(told) == packed.manifest["counts"]["unanswerable"]
+    assert packed.manifest["errors"]["position_out_of_range"] >= 20
 
 
 def test_an_unanswerable_example_without_a_donor_is_counted(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -299,8 +299,171 @@ fn bad_examples_are_passed_over_and_counted_up_to_a_number() {
     assert!(progress.messages[0].contains("records.jsonl: line 4: not JSON, from column"), "{:?}", progress.messages);
     assert!(ids.contains(&"r8".to_owned()) && !ids.contains(&"r7".to_owned()), "{ids:?}");
     let error = run(1).unwrap_err().to_string();
-    assert!(error.contains("3 examples cannot be used, more than the 1 that are passed over"), "{error}");
+    assert!(error.contains("3 rows cannot be used, more than the 1 that are passed over"), "{error}");
     assert!(run(0).unwrap_err().to_string().contains("line 4: not JSON"));
+}
+
+/// The manifest and the messages of a build that passes over all that is bad.
+fn passed_over(framer: &Framer, source: &Value, rows: &[Value]) -> (Value, Vec<String>) {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run { max_errors: usize::MAX, ..Run::default() };
+    let mut writer = PackWriter::new(folder.path(), framer, &settings().to_string(), run).unwrap();
+    common::add(&mut writer, framer, source, 0, rows).unwrap();
+    let manifest = serde_json::from_str(&writer.finish(framer).unwrap()).unwrap();
+    (manifest, writer.progress().messages.clone())
+}
+
+#[test]
+fn a_context_that_cannot_be_used_is_bad_in_its_own_row_alone() {
+    let framer = common::gemma();
+    let mut source = common::records_source();
+    source["unanswerable"] = json!({"share": 0.9, "answer": "No."});
+    let record = |id: usize, more: Value| {
+        let mut row =
+            json!({"id": format!("r{id}"), "context": format!("Text {id} of some."), "question": "q", "answer": "a"});
+        row.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        row
+    };
+    let mut rows: Vec<Value> = (0..20).map(|id| record(id, json!({}))).collect();
+    rows[13] = record(13, json!({"positions": [99]}));
+    rows[17] = record(17, json!({"context": [{"role": "user", "content": ""}]}));
+    rows[18] = record(
+        18,
+        json!({"context": [{"role": "user", "content": " x"}], "read": [{"message": 0, "start": 0, "end": 1}]}),
+    );
+    let (manifest, messages) = passed_over(&framer, &source, &rows);
+    assert_eq!(manifest["errors"], json!({"bad_value": 1, "empty_context": 1, "position_out_of_range": 1}));
+    for (message, line) in messages.iter().zip([14, 18, 19]) {
+        assert!(message.contains(&format!("line {line},")), "{messages:?}");
+    }
+    assert_eq!(manifest["counts"]["examples"], 17);
+    assert!(manifest["counts"]["unanswerable"].as_u64().unwrap() > 10);
+}
+
+#[test]
+fn a_row_is_one_error_however_often_it_is_asked() {
+    let framer = common::qwen();
+    let questions = json!({"a": [["What?", "It."], [" ", "It."], ["", "It."]]});
+    let source = json!({"name": "qa", "kind": "latentqa", "questions": questions});
+    let mut table = common::table(&source);
+    table.r#type = Some("control".to_owned());
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run { max_errors: 2, ..Run::default() };
+    let mut settings = settings();
+    settings["examples_per_shard"] = json!(100);
+    let mut writer = PackWriter::new(folder.path(), &framer, &settings.to_string(), run).unwrap();
+    let row = json!({"label": "a", "control_user": "x"}).to_string();
+    let source = Arc::new(Source::from_json(&source.to_string()).unwrap());
+    writer.add(&framer, &source, &table, 0, &[row.as_bytes(); 2]).unwrap();
+    let manifest: Value = serde_json::from_str(&writer.finish(&framer).unwrap()).unwrap();
+    assert_eq!(manifest["errors"], json!({"empty_question": 2}));
+    assert_eq!(manifest["drops"], json!({"of_a_bad_row": 2}));
+    assert_eq!(manifest["counts"]["examples"], 2);
+}
+
+#[test]
+fn documents_without_text_are_left_out() {
+    let template = common::read("qwen.jinja");
+    let refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('no') }}{% endif %}";
+    let specials = json!({"eos_token": "<|im_end|>"}).to_string();
+    let framer =
+        Framer::new(&common::read("qwen.json"), &format!("{refusing}{template}"), &specials, " ?", "2025-01-01")
+            .unwrap();
+    let said = |role: &str, content: Value| json!({"role": role, "content": content, "at": 1});
+    let rows = [
+        json!({"text": "one two three four"}),
+        json!({"text": " \n"}),
+        json!({"text": null}),
+        json!({"messages": []}),
+        json!({"messages": [said("user", json!("one two three")), said("assistant", json!(""))]}),
+        json!({"messages": [said("user", json!(null)), said("assistant", json!("one two three"))]}),
+        json!({"messages": [said("tool", json!("one two three"))]}),
+        json!({"messages": null, "text": "one two three"}),
+        json!({"other": 1}),
+        json!({"messages": [{"content": "x"}]}),
+    ];
+    let source =
+        json!({"name": "t", "kind": "context_prediction", "draws_per_text": 3, "predict": [1, 1], "window": [1, 1]});
+    let (manifest, messages) = passed_over(&framer, &source, &rows);
+    assert_eq!(manifest["drops"], json!({"empty_context": 15, "refused_by_template": 3}));
+    assert_eq!(manifest["errors"], json!({"bad_field": 2}), "{messages:?}");
+    assert_eq!(manifest["counts"]["examples"], 6);
+}
+
+#[test]
+fn a_null_in_a_table_of_documents_is_no_text() {
+    let framer = common::gemma();
+    let source = common::lens_source();
+    let table = json!({"prefix": "texts", "origin": "texts.parquet", "unit": "row"});
+    let table = ao_core::rows::Table::from_json(&table.to_string()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &settings()).unwrap();
+    let settled = Arc::new(Source::from_json(&source.to_string()).unwrap());
+    let text = common::texts()[0].to_string();
+    writer.add(&framer, &settled, &table, 0, &[b"{}", text.as_bytes()]).unwrap();
+    let manifest: Value = serde_json::from_str(&writer.finish(&framer).unwrap()).unwrap();
+    assert_eq!(manifest["drops"], json!({"empty_context": 1}));
+}
+
+#[test]
+fn what_the_assistant_says_is_drawn_among_the_turns_in_reach() {
+    let framer = common::gemma();
+    let said = "the sea is kind ".repeat(8);
+    let turn = |at: usize| json!({"role": if at % 2 == 0 { "user" } else { "assistant" }, "content": said});
+    let chat = |turns: usize| json!({"messages": (0..turns).map(turn).collect::<Vec<_>>()});
+    let source = |most: usize| {
+        json!({"name": "chats", "kind": "context_prediction", "within": "assistant", "draws_per_text": 5, "window": [1, 5],
+            "predict": [1, 4], "max_context_tokens": most})
+    };
+    let manifest = |most: usize, rows: &[Value]| passed_over(&framer, &source(most), rows).0;
+    let rows: Vec<Value> = [2, 20, 20, 20].map(chat).to_vec();
+    let ids = framer.context(&serde_json::from_value(chat(2)["messages"].clone()).unwrap()).unwrap().ids.len();
+    let all = manifest(ids + 20, &rows);
+    assert_eq!((&all["counts"]["examples"], &all["drops"]), (&json!(20), &json!({})));
+    let beyond = json!({"messages": [turn(0), turn(1)]});
+    let short = json!({"messages": [turn(0), {"role": "assistant", "content": "a"}]});
+    let alone = json!({"messages": [turn(0)]});
+    let brief = json!({"messages": [{"role": "user", "content": "a"}, turn(1)]});
+    let some = manifest(ids / 3, &[beyond, short, alone, brief]);
+    let drops = json!({"beyond_max_context_tokens": 5, "context_too_short": 5, "no_assistant_turn": 5});
+    assert_eq!((&some["counts"]["examples"], &some["drops"]), (&json!(5), &drops));
+}
+
+#[test]
+fn a_part_of_another_build_is_refused_at_its_start() {
+    let framer = common::gemma();
+    let folder = tempfile::tempdir().unwrap();
+    for index in 0..2 {
+        common::pack_with(&framer, folder.path(), &settings(), part(index, 3)).unwrap();
+    }
+    let before = common::files(folder.path());
+    let mut other = settings();
+    other["seed"] = json!(8);
+    let start = |settings: &Value, index: usize| {
+        let run = Run { resume: true, ..part(index, 3) };
+        PackWriter::new(folder.path(), &framer, &settings.to_string(), run).map(drop).map_err(|error| error.to_string())
+    };
+    let remedy = "remove shards 0, 3, 6 and so on, and part-0-of-3.json, and build it again";
+    let error = start(&other, 2).unwrap_err();
+    assert!(error.contains("part 0/3 in it is of another build") && error.contains(remedy), "{error}");
+    // A part that is not finished shows it by its shards.
+    for index in 0..2 {
+        std::fs::remove_file(folder.path().join(format!("part-{index}-of-3.json"))).unwrap();
+    }
+    assert!(start(&other, 2).unwrap_err().contains(remedy));
+    assert!(
+        before.iter().all(|(name, bytes)| {
+            name.starts_with("part-") || common::files(folder.path()).get(name) == Some(bytes)
+        })
+    );
+    start(&settings(), 2).unwrap();
+    // Its own shards of another build are all that has to go.
+    let elsewhere = tempfile::tempdir().unwrap();
+    common::pack(&framer, elsewhere.path(), &other).unwrap();
+    let shard = "shard-00002.safetensors";
+    std::fs::copy(elsewhere.path().join(shard), folder.path().join(shard)).unwrap();
+    let error = start(&settings(), 2).unwrap_err();
+    assert!(error.contains("remove shards 2, 5, 8 and so on, and part-2-of-3.json, to build anew"), "{error}");
 }
 
 #[test]
@@ -320,7 +483,7 @@ fn bad_examples_of_shards_that_are_there_count_too() {
         let mut writer = start(true, max_errors).unwrap();
         common::add(&mut writer, &framer, &common::records_source(), 0, &rest).and_then(|_| writer.finish(&framer))
     };
-    assert!(finish(2).unwrap_err().to_string().contains("3 examples cannot be used"));
+    assert!(finish(2).unwrap_err().to_string().contains("3 rows cannot be used"));
     finish(3).unwrap();
 }
 

@@ -331,7 +331,7 @@ fn read_spans_are_covered_in_any_script() {
         ],
         1..60,
     );
-    proptest!(ProptestConfig::with_cases(300), |(letters in text, from in 0usize..60, length in 1usize..20)| {
+    proptest!(cases::cases(300), |(letters in text, from in 0usize..60, length in 1usize..20)| {
         let text: String = letters.iter().collect();
         let start = from % letters.len();
         let end = (start + length).min(letters.len());
@@ -348,6 +348,108 @@ fn read_spans_are_covered_in_any_script() {
             prop_assert_eq!(tokens.len() as i32, tokens[tokens.len() - 1] - tokens[0] + 1);
         }
     });
+}
+
+/// What of the content of message `number` is shown: where it begins in the content and in the text, and where it ends
+/// there. Told by what stands around another content in its place; `None` if that is not there or does not tell.
+fn shown(template: &Template, turns: &[Message], number: usize, text: &str) -> Option<(usize, usize, usize)> {
+    let mut marked = turns.to_vec();
+    marked[number].content = "QZQ".to_owned();
+    let rendered = template.render(&marked, turns.last()?.role != "assistant").ok()?;
+    let (before, behind) = rendered.split_once("QZQ").filter(|(_, behind)| !behind.contains("QZQ"))?;
+    let shown = text.strip_prefix(before)?.strip_suffix(behind)?;
+    let mut places = turns[number].content.match_indices(shown);
+    let (at, _) = places.next().filter(|_| !shown.is_empty() && places.next().is_none())?;
+    Some((at, before.len(), before.len() + shown.len()))
+}
+
+#[test]
+fn read_spans_of_messages_are_what_is_shown_of_them() {
+    let tests = common::golden("../python/templates");
+    let names =
+        ["gemma_2", "gemma_3", "gemma_4", "llama_2", "llama_3", "mistral", "qwen_3", "zephyr", "chatml", "deepseek"];
+    let specials = json!({"bos_token": "<bos>", "eos_token": "<turn|>"});
+    let framers: Vec<(Framer, Template)> = names
+        .iter()
+        .map(|name| std::fs::read_to_string(tests.join(format!("{name}.jinja"))).unwrap())
+        .map(|source| {
+            let framer = Framer::new(&common::read("gemma.json"), &source, &specials.to_string(), " ?", "2025-01-01");
+            (framer.unwrap(), Template::new(&source, specials.as_object().unwrap(), "2025-01-01").unwrap())
+        })
+        .collect();
+    let pieces = [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "a",
+        "word",
+        "?",
+        " ?",
+        "</think>",
+        "<think>\n",
+        "<turn|>",
+        "[INST]",
+        "[/INST]",
+        "e\u{301}",
+        "\u{1f600}",
+        "\u{4f60}",
+        "\u{a0}",
+        "\u{1c}",
+        "\u{200b}",
+        "{{ x }}",
+        "user",
+        "\u{2028}",
+    ];
+    let content = prop::collection::vec(prop::sample::select(pieces.to_vec()), 1..8).prop_map(|pieces| pieces.concat());
+    let contents = prop::collection::vec(content, 1..5);
+    let told = std::cell::Cell::new([0, 0]);
+    proptest!(cases::cases(300), |(contents in contents, which in 0..names.len(), at in any::<[prop::sample::Index; 3]>())| {
+        let (framer, template) = &framers[which];
+        let roles = ["user", "assistant"];
+        let turns: Vec<Message> = contents.iter().enumerate()
+            .map(|(at, content)| Message { role: roles[at % 2].to_owned(), content: content.clone() }).collect();
+        let number = at[0].index(turns.len());
+        let letters: Vec<usize> = turns[number].content.char_indices().map(|(at, _)| at).chain([turns[number].content.len()]).collect();
+        let start = at[1].index(letters.len() - 1);
+        let end = start + 1 + at[2].index(letters.len() - 1 - start);
+        let Ok(context) = framer.context(&Context::Messages(turns.clone())) else { return Ok(()) };
+        let Some((cut, first, last)) = shown(template, &turns, number, &context.text) else { return Ok(()) };
+        let place = |at: usize| (first + at.saturating_sub(cut)).min(last);
+        let (from, to) = (place(letters[start]), place(letters[end]));
+        let overlap = |token: &ao_core::span::ByteSpan| from < to && token.start < to && token.end > from;
+        let spans = framer.token_spans(&context).unwrap();
+        let expected: Vec<i32> = (0..).zip(&spans).filter(|(_, token)| overlap(token)).map(|(at, _)| at).collect();
+        let found = framer.readable(&context, Some(&[read(Some(number), Some((start, end)), false)]));
+        let [some, none] = told.get();
+        match found {
+            Ok(found) => prop_assert_eq!(found, expected, "{}: {:?}", names[which], turns),
+            Err(error) => prop_assert!(
+                expected.is_empty() && error.to_string().contains("selects no token")
+                    || error.to_string().contains("are not known"),
+                "{}: {:?} {}", names[which], turns, error
+            ),
+        }
+        told.set(if from < to { [some + 1, none] } else { [some, none + 1] });
+    });
+    let [some, none] = told.get();
+    assert!(some > 100 && none > 3, "spans of something and of what is cut: {some} {none}");
+}
+
+#[test]
+fn what_is_cut_whole_selects_no_token() {
+    let source = std::fs::read_to_string(common::golden("../python/templates/llama_2.jinja")).unwrap();
+    let specials = json!({"bos_token": "<bos>", "eos_token": "<turn|>"}).to_string();
+    let framer = Framer::new(&common::read("gemma.json"), &source, &specials, " ?", "2025-01-01").unwrap();
+    for content in ["the sea  ", "  the sea", "\n\nthe sea \n"] {
+        let context = framer.context(&messages(&[("user", content)])).unwrap();
+        let at = if content.starts_with('t') { content.len() - 1 } else { 0 };
+        let error =
+            framer.readable(&context, Some(&[read(Some(0), Some((at, at + 1)), false)])).unwrap_err().to_string();
+        assert!(error.contains("selects no token"), "{content:?} {error}");
+    }
 }
 
 #[test]

@@ -22,8 +22,8 @@ fn golden_bytes() {
         let files = common::files(folder.path());
         let hashes: BTreeMap<_, _> = files.iter().map(|(name, bytes)| (name.clone(), sha256_hex(bytes))).collect();
         let mut dump = Vec::new();
-        for shard in ["shard-00001.safetensors", "shard-00002.safetensors"] {
-            for datapoint in decode(&folder.path().join(shard)).unwrap().iter().step_by(3) {
+        for shard in files.keys().filter(|name| name.starts_with("shard-")) {
+            for datapoint in decode(&folder.path().join(shard)).unwrap().iter().step_by(5) {
                 dump.push(json!({
                     "id": datapoint.id,
                     "source": *datapoint.source,
@@ -35,6 +35,7 @@ fn golden_bytes() {
                     "read_positions": datapoint.read_positions,
                     "context": framer.tokenizer().decode(&datapoint.context_ids).unwrap(),
                     "kind": datapoint.kind,
+                    "answer": *datapoint.answer,
                     "meta": *datapoint.meta,
                 }));
             }
@@ -71,10 +72,9 @@ fn any_cut_of_the_input_writes_the_same_bytes() {
     common::pack(&framer, whole.path(), &common::settings()).unwrap();
     let pieces = tempfile::tempdir().unwrap();
     let mut writer = common::writer(&framer, pieces.path(), &common::settings()).unwrap();
-    for (source, examples) in [(common::records_source(), common::records()), (common::lens_source(), common::texts())]
-    {
-        for (at, example) in examples.iter().enumerate() {
-            common::add(&mut writer, &framer, &source, at, &[example]).unwrap();
+    for (source, table, rows) in common::sources() {
+        for (at, row) in rows.iter().enumerate() {
+            writer.add(&framer, &source, &table, at, &[row.as_bytes()]).unwrap();
         }
     }
     writer.finish(&framer).unwrap();
@@ -206,7 +206,7 @@ fn what_is_too_long_is_counted() {
         assert!(manifest["drops"][reason].as_u64().unwrap() > 0, "{}", manifest["drops"]);
         let total = manifest["drops"].as_object().unwrap().values().filter_map(Value::as_u64).sum::<u64>()
             + manifest["counts"]["examples"].as_u64().unwrap();
-        assert_eq!(total as usize, common::records().len() + common::texts().len());
+        assert_eq!(total, manifest["counts"]["offered"].as_u64().unwrap());
     }
 }
 
@@ -223,6 +223,49 @@ fn texts_without_room_or_text_are_counted() {
     assert!(error.contains("no example was kept"), "{error}");
     for reason in ["context_too_short", "answer_not_decodable", "special_token_in_answer"] {
         assert!(error.contains(&format!("{reason:?}: 1")), "{error}");
+    }
+}
+
+#[test]
+fn an_answer_with_a_special_token_is_dropped() {
+    let framer = common::gemma();
+    let rows: Vec<Value> = ["yes", "<turn|>", " yes <bos>", "<eos>no", "< turn|>"]
+        .iter()
+        .enumerate()
+        .map(|(at, answer)| json!({"id": format!("r{at}"), "context": "a b", "question": "q", "answer": answer}))
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+    common::add(&mut writer, &framer, &common::records_source(), 0, &rows).unwrap();
+    let manifest: Value = serde_json::from_str(&writer.finish(&framer).unwrap()).unwrap();
+    assert_eq!(manifest["drops"], json!({"special_token_in_answer": 3}));
+    let kept = decode(&folder.path().join("shard-00000.safetensors")).unwrap();
+    assert_eq!(kept.iter().map(|datapoint| &*datapoint.id).collect::<Vec<_>>(), ["r0", "r4"]);
+}
+
+#[test]
+fn meta_keeps_its_numbers_or_is_refused() {
+    let framer = common::gemma();
+    let meta = |text: &str| {
+        let row = format!(
+            r#"{{"id": "12\" 1234567890123456789012", "context": "a b", "question": "q", "answer": "a", "meta": {text}}}"#
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = common::writer(&framer, folder.path(), &common::settings()).unwrap();
+        common::add(&mut writer, &framer, &common::records_source(), 0, &[row]).map_err(|error| error.to_string())?;
+        writer.finish(&framer).map_err(|error| error.to_string())?;
+        Ok(decode(&folder.path().join("shard-00000.safetensors")).unwrap()[0].meta.to_string())
+    };
+    for kept in [
+        r#"{"x":18446744073709551615,"y":-9223372036854775808}"#,
+        r#"{"x":[1e+30,-1.5e+300,0.1],"y":"123456789012345678901234567890"}"#,
+        r#"{"x":"\\","y":1e+300}"#,
+    ] {
+        assert_eq!(meta(kept).unwrap(), kept);
+    }
+    for refused in [r#"{"x":123456789012345678901234567890}"#, r#"{"\"":1,"x":[{"y": -9223372036854775809 }]}"#] {
+        let error: String = meta(refused).unwrap_err();
+        assert!(error.contains("line 1") && error.contains("does not fit 64 bits; write it as text"), "{error}");
     }
 }
 

@@ -221,12 +221,35 @@ def _unfinished(path: Path) -> Found:
             )
         else:
             notes.append(f"all {of} parts are finished: ao-pack RECIPE --merge")
+    if len(builds := _builds(path, parts)) > 1:
+        each = "; ".join(f"{build[:12]}..: {_some(names)}" for build, names in builds.items())
+        notes = [
+            f"its files are of {len(builds)} builds, so they do not join: recipe, model, version or source files differed",
+            f"{each}; remove the files of the wrong ones and build their parts again as the others were",
+        ]
     checksums = {
         shard["file"]: {name: shard[name] for name in ("sha256", "bytes", "datapoints", "examples")}
         for part in parts.values()
         for shard in part.get("shards", [])
     }
     return Found("unfinished", path, content={"checksums": checksums}, notes=notes)
+
+
+def _builds(path: Path, parts: Mapping[tuple[int, int], Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The files of each build: what says that parts are finished, and shards. One that is damaged says nothing."""
+    builds: dict[str, list[str]] = {}
+    for (index, of), part in sorted(parts.items()):
+        builds.setdefault(str(part.get("identity", {}).get("build")), []).append(f"part-{index}-of-{of}.json")
+    for shard in sorted(path.glob("shard-*.safetensors")):
+        try:
+            builds.setdefault(str(_metadata(shard).get("build")), []).append(shard.name)
+        except ValueError:
+            continue
+    return builds
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ impl Building<'_> {
     fn run(&self, run: &[Unit], block: &mut Block) {
         let mut framed: Option<Result<Framed>> = None;
         for unit in run {
+            let mut is_bad = false;
             for &at in &unit.examples {
                 let outcome = match &unit.body {
                     Body::Dropped(reason) => Ok(Outcome::Dropped(reason)),
@@ -112,8 +113,12 @@ impl Building<'_> {
                         Ok(framed) => self.outcome(framed, unit, asked, at),
                         Err(error) => Err(error.again()),
                     }
+                    .or_else(|error| left_out(unit, error))
                     .map_err(|error| unit.error(at, error)),
                 };
+                // Errors count rows, however many examples a row makes.
+                let outcome = if is_bad { outcome.or(Ok(Outcome::Dropped("of_a_bad_row"))) } else { outcome };
+                is_bad |= outcome.is_err();
                 block.add(&unit.source, outcome);
             }
         }
@@ -125,11 +130,13 @@ impl Building<'_> {
             Posed::OfTokens => return self.lens(framed, unit, at),
             Posed::Dropped(reason) => return Ok(Outcome::Dropped(reason)),
         };
+        // Also where another context is to be read: a context that cannot be used is bad in its own row, whatever is drawn.
+        let positions = self.positions(framed, unit, asked, &question.id)?;
         let Some((mut draws, answer)) = unanswerable(unit, &question.id) else {
-            return self.answer(framed, unit, asked, question);
+            return self.datapoints(framed, unit, positions, question);
         };
-        let Some(donor) = self.donor(unit, asked, &mut draws) else {
-            let mut outcome = self.answer(framed, unit, asked, question)?;
+        let Some((donor, positions)) = self.donor(unit, asked, &question.id, &mut draws) else {
+            let mut outcome = self.datapoints(framed, unit, positions, question)?;
             if let Outcome::Kept(kept) = &mut outcome {
                 kept.lacks_donor = true;
             }
@@ -137,18 +144,17 @@ impl Building<'_> {
         };
         answer.clone_into(&mut question.answer);
         question.meta.insert(UNANSWERABLE.to_owned(), Value::Bool(true));
-        self.answer(&Framed::new(self.framer, donor)?, unit, donor, question)
+        self.datapoints(&donor, unit, positions, question)
     }
 
-    /// A question that was written.
-    fn answer(&self, framed: &Framed, unit: &Unit, asked: &Asked, question: Question) -> Result<Outcome> {
+    /// The tokens that the written question `id` reads of a context.
+    fn positions(&self, framed: &Framed, unit: &Unit, asked: &Asked, id: &str) -> Result<Vec<i32>> {
         let own = match &asked.about {
             About::Record(record) => record.positions.as_ref(),
             _ => None,
         };
         let readable = self.framer.readable(&framed.context, asked.read.as_deref())?;
-        let positions = read_positions(self.common.seed, &question.id, own, &unit.source.reads, &readable)?;
-        self.datapoints(framed, unit, positions, question)
+        read_positions(self.common.seed, id, own, &unit.source.reads, &readable)
     }
 
     /// A question that is made from the tokens.
@@ -177,14 +183,33 @@ impl Building<'_> {
         datapoints(self.framer, self.prompts, self.common, layers, &framed.ids, positions, question)
     }
 
-    /// Another unit's context for an example that is to be unanswerable.
-    fn donor(&self, unit: &Unit, asked: &Asked, draws: &mut Draws) -> Option<&Asked> {
+    /// Another unit's context for the example `id`, which is to be unanswerable, and what is read of it. One that cannot be
+    /// used is bad in its own row, and passed over here.
+    fn donor(&self, unit: &Unit, asked: &Asked, id: &str, draws: &mut Draws) -> Option<(Framed, Vec<i32>)> {
         let of_source = self.donors.of_source(&unit.source);
         let is_other = |other: &Asked| match (&asked.label, &other.label) {
             (Some(own), Some(label)) => own != label,
             _ => asked.context != other.context,
         };
-        (0..DONOR_DRAWS).map(|_| of_source[draws.below(of_source.len() as u64) as usize]).find(|other| is_other(other))
+        let read = |other: &Asked| {
+            let framed = Framed::new(self.framer, other).ok()?;
+            let positions = self.positions(&framed, unit, other, id).ok()?;
+            Some((framed, positions))
+        };
+        (0..DONOR_DRAWS)
+            .map(|_| of_source[draws.below(of_source.len() as u64) as usize])
+            .filter(|other| is_other(other))
+            .find_map(read)
+    }
+}
+
+/// A document that has no text, or is no chat to this template, is left out: corpora have such, and nobody wrote them as
+/// examples.
+fn left_out(unit: &Unit, error: Error) -> Result<Outcome> {
+    match error {
+        Error::Value { reason, .. } if unit.source.documents().is_some() => Ok(Outcome::Dropped(reason)),
+        Error::Template(_) if unit.source.documents().is_some() => Ok(Outcome::Dropped("refused_by_template")),
+        error => Err(error),
     }
 }
 

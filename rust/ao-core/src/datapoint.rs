@@ -179,6 +179,9 @@ pub(crate) struct Question {
 /// What stands in the `meta` of an example whose context does not tell the answer.
 pub(crate) const UNANSWERABLE: &str = "unanswerable";
 
+/// The reason that an answer with a special token is dropped for: an oracle would learn to end its turn, or to begin a text.
+pub(crate) const SPECIAL_TOKEN: &str = "special_token_in_answer";
+
 /// The datapoints of one question about `read_positions` of `context`.
 ///
 /// # Errors
@@ -201,6 +204,10 @@ pub(crate) fn datapoints(
     }
     let layers = layers_of(common, layers_per_example, &question)?;
     let answer_ids = framer.answer(&question.answer)?;
+    let (_, said) = answer_ids.split_last().expect("an answer ends with the end of turn");
+    if said.iter().any(|&id| framer.tokenizer().is_special(id)) {
+        return Ok(Outcome::Dropped(SPECIAL_TOKEN));
+    }
     let prompts: Vec<_> = layers
         .into_iter()
         .map(|layers| {

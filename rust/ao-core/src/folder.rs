@@ -21,7 +21,7 @@ pub const MANIFEST: &str = "manifest.json";
 
 /// The version of everything that decides a datapoint beside its settings: draws, windows, questions, ids. It goes up
 /// whenever the same input would give other bytes, so that no build goes on with shards of another version.
-pub const RULES: u64 = 2;
+pub const RULES: u64 = 3;
 
 /// What mends a build that holds a damaged shard.
 const REMEDY: &str = "remove this file and go on with --resume";
@@ -48,6 +48,20 @@ impl Part {
 
     fn is_all(self) -> bool {
         self.of == 1
+    }
+
+    /// The part of the same build that has `shard`.
+    fn with(self, shard: usize) -> Self {
+        Self { index: shard % self.of, of: self.of }
+    }
+
+    /// What it leaves in a folder, for people who are to remove that.
+    fn remains(self) -> String {
+        if self.is_all() {
+            return "the folder".to_owned();
+        }
+        let next = |times: usize| self.index.saturating_add(self.of.saturating_mul(times));
+        format!("shards {}, {}, {} and so on, and {},", self.index, next(1), next(2), part_name(self))
     }
 }
 
@@ -154,7 +168,9 @@ impl BuildFolder {
     /// The shards of this part that are there; without `resume` there must be none.
     pub(crate) fn shards(&self, resume: bool) -> Result<BTreeMap<usize, ShardEntry>> {
         let mut numbers = Vec::new();
-        for name in names(&self.path)? {
+        let names = names(&self.path)?;
+        self.require_one_build(&names)?;
+        for name in names {
             match shard_number(&name) {
                 Some(number) if self.part.has(number) => numbers.push(number),
                 _ if is_unfinished(&name, self.part) => remove(&self.path.join(&name))?,
@@ -163,12 +179,13 @@ impl BuildFolder {
         }
         if !resume && !numbers.is_empty() {
             return Err(Error::input(format!(
-                "{} holds {} shards of a build that was not finished; go on with --resume, or remove the folder",
+                "{} holds {} shards of a build that was not finished; go on with --resume, or remove {} to build anew",
                 self.path.display(),
-                numbers.len()
+                numbers.len(),
+                self.part.remains()
             )));
         }
-        let entries = entries(&self.path, &self.identity.build, &numbers)?;
+        let entries = entries(&self.path, &self.identity.build, self.part, &numbers)?;
         let part_path = self.path.join(part_name(self.part));
         if part_path.exists() {
             let finished = read_part(&part_path)?;
@@ -179,12 +196,41 @@ impl BuildFolder {
         Ok(entries)
     }
 
+    /// Refuse a folder whose other parts are of another build: what says that they are finished, and one of their shards.
+    fn require_one_build(&self, names: &BTreeSet<String>) -> Result<()> {
+        let of_part = |name: &String| Some((part_of(name)?, read_part(&self.path.join(name)).ok()?.identity.build));
+        let of_shard = |name: &String| {
+            let number = shard_number(name).filter(|&number| !self.part.has(number))?;
+            let metadata = layout::metadata(&self.path.join(name)).ok()?;
+            let metadata: Value = serde_json::from_str(&metadata).ok()?;
+            Some((self.part.with(number), metadata["build"].as_str()?.to_owned()))
+        };
+        let parts = names.iter().filter_map(of_part).filter(|(part, _)| *part != self.part);
+        // Those that are damaged are named when their part goes on, or by the merge.
+        for (part, found) in parts.chain(names.iter().find_map(of_shard)) {
+            if found != self.identity.build {
+                return Err(Error::input(format!(
+                    "{}: part {}/{} in it is of another build: recipe, model, version or source files differ (expected build \
+                     {}, got {found}); build all parts from one recipe and the same files; where that part is the wrong one, \
+                     remove {} and build it again",
+                    self.path.display(),
+                    part.index,
+                    part.of,
+                    self.identity.build,
+                    part.remains()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Write what a finished part or the whole data set needs, and return its text.
     pub(crate) fn finish(&self, num_shards: usize, done: &BTreeMap<usize, ShardEntry>) -> Result<String> {
         if let Some(&beyond) = done.keys().find(|&&number| number >= num_shards) {
             return Err(Error::input(format!(
-                "{} holds shard {beyond}, but the sources give only {num_shards}; remove the folder and build again",
-                self.path.display()
+                "{} holds shard {beyond}, but the sources give only {num_shards}; remove {} and build again",
+                self.path.display(),
+                self.part.remains()
             )));
         }
         if self.part.is_all() {
@@ -211,8 +257,14 @@ fn part_name(part: Part) -> String {
     format!("part-{}-of-{}.json", part.index, part.of)
 }
 
+/// The part whose file is called `name`.
+fn part_of(name: &str) -> Option<Part> {
+    let (index, of) = name.strip_prefix("part-")?.strip_suffix(".json")?.split_once("-of-")?;
+    Some(Part { index: index.parse().ok()?, of: of.parse().ok()? })
+}
+
 fn is_part(name: &str) -> bool {
-    name.strip_prefix("part-").and_then(|rest| rest.strip_suffix(".json")).is_some()
+    part_of(name).is_some()
 }
 
 fn lock_name(part: Part) -> String {
@@ -250,16 +302,16 @@ fn clean(folder: &Path) -> Result<()> {
 }
 
 /// Check that shards are whole and of this build, and describe them.
-fn entries(folder: &Path, build: &str, numbers: &[usize]) -> Result<BTreeMap<usize, ShardEntry>> {
-    numbers.par_iter().map(|&number| Ok((number, entry(folder, build, number)?))).collect()
+fn entries(folder: &Path, build: &str, part: Part, numbers: &[usize]) -> Result<BTreeMap<usize, ShardEntry>> {
+    numbers.par_iter().map(|&number| Ok((number, entry(folder, build, part, number)?))).collect()
 }
 
-fn entry(folder: &Path, build: &str, number: usize) -> Result<ShardEntry> {
+fn entry(folder: &Path, build: &str, part: Part, number: usize) -> Result<ShardEntry> {
     let path = folder.join(shard_name(number));
-    described(&path, build, number).map_err(|error| error.with_remedy(REMEDY))
+    described(&path, build, part, number).map_err(|error| error.with_remedy(REMEDY))
 }
 
-fn described(path: &Path, build: &str, number: usize) -> Result<ShardEntry> {
+fn described(path: &Path, build: &str, part: Part, number: usize) -> Result<ShardEntry> {
     let arrays = layout::layout(path)?;
     let metadata: Value = serde_json::from_str(&layout::metadata(path)?).map_err(Error::input)?;
     let found = metadata["build"].as_str().unwrap_or_default();
@@ -271,9 +323,10 @@ fn described(path: &Path, build: &str, number: usize) -> Result<ShardEntry> {
     if !is_ours {
         return Err(Error::input(format!(
             "{} belongs to another build: recipe, model, version or source files differ (expected build {build} and shard \
-             {number}, got {found} and {}); remove the folder to build anew",
+             {number}, got {found} and {}); remove {} to build anew",
             path.display(),
-            metadata["shard"]
+            metadata["shard"],
+            part.with(number).remains()
         )));
     }
     let stats: Stats = serde_json::from_value(metadata["stats"].clone())
@@ -392,6 +445,12 @@ struct PartFile {
     identity: Identity,
 }
 
+impl PartFile {
+    fn which(&self) -> Part {
+        Part { index: self.part, of: self.of }
+    }
+}
+
 /// Prove that the parts in `folder` make one whole build, write its manifest and return its text. A merge that was
 /// stopped can be run again.
 ///
@@ -406,12 +465,15 @@ pub fn merge(folder: &Path) -> Result<String> {
     let first = &parts[0];
     if let Some(other) = parts.iter().find(|part| part.identity.build != first.identity.build) {
         return Err(Error::input(format!(
-            "{}: part {} and part {} are of different builds ({} and {}); build them from one recipe and the same files",
+            "{}: part {} and part {} are of different builds ({} and {}); build them from one recipe and the same files: \
+             remove {} or {} whichever is the wrong one, and build it again",
             folder.display(),
             first.part,
             other.part,
             first.identity.build,
-            other.identity.build
+            other.identity.build,
+            first.which().remains(),
+            other.which().remains()
         )));
     }
     if let Some(other) = parts.iter().find(|part| part.num_shards != first.num_shards) {
@@ -445,7 +507,7 @@ pub fn merge(folder: &Path) -> Result<String> {
         )));
     }
     let numbers: Vec<usize> = numbers.into_iter().collect();
-    let shards = entries(folder, &first.identity.build, &numbers)?;
+    let shards = entries(folder, &first.identity.build, first.which(), &numbers)?;
     require_written(folder, &shards, &listed(parts.iter().flat_map(|part| &part.shards)))?;
     let text = write_manifest(folder, &first.identity, &shards)?;
     clean(folder)?;

@@ -3,6 +3,7 @@
 //! One implementation serves packing and asking, so an oracle is asked exactly as it was trained. A prompt is tokenized
 //! whole, its placeholders are found by the bytes of their run, and every id is checked.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
@@ -51,14 +52,6 @@ pub struct FramedPrompt {
     pub ids: Vec<i32>,
     /// The indices of the placeholders among `ids`, layer by layer.
     pub placeholders: Vec<i32>,
-}
-
-impl FramedContext {
-    /// The context as it was given.
-    #[must_use]
-    pub fn source(&self) -> &Context {
-        &self.source
-    }
 }
 
 impl Framer {
@@ -235,7 +228,9 @@ impl Framer {
         // Nothing behind the last wanted byte matters.
         let stop = wanted.iter().map(|span| span.end).max().unwrap_or(0);
         let tokens = self.token_spans_until(context, stop)?;
-        let mut chosen: Vec<TokenSpan> = wanted.into_iter().map(|span| overlapping(&tokens, span)).collect();
+        // What a template cut whole has no bytes, though it stands inside a token.
+        let shown = wanted.into_iter().filter(|span| span.start < span.end);
+        let mut chosen: Vec<TokenSpan> = shown.map(|span| overlapping(&tokens, span)).collect();
         chosen.sort_unstable_by_key(|tokens| tokens.start);
         let mut readable = Vec::with_capacity(chosen.iter().map(|tokens| tokens.end - tokens.start).sum());
         let mut next = 0;
@@ -254,13 +249,7 @@ impl Framer {
 
     fn message_spans(&self, messages: &[Message], read: &[Read], context: &FramedContext) -> Result<Vec<ByteSpan>> {
         let text = &context.text;
-        let found;
-        let located = if let Some(located) = &context.located {
-            located
-        } else {
-            found = Located::new(&self.template, messages, generation(messages), text)?;
-            &found
-        };
+        let located = self.located(messages, context)?;
         let bos = self.bos.as_ref().map_or("", |(bos, _)| bos.as_str());
         read.iter()
             .map(|read| {
@@ -285,6 +274,27 @@ impl Framer {
                 }
             })
             .collect()
+    }
+
+    fn located<'a>(&self, messages: &[Message], context: &'a FramedContext) -> Result<Cow<'a, Located>> {
+        match &context.located {
+            Some(located) => Ok(Cow::Borrowed(located)),
+            None => Located::new(&self.template, messages, generation(messages), &context.text).map(Cow::Owned),
+        }
+    }
+
+    /// The tokens of each content of `role` that says something; none of a string.
+    pub(crate) fn contents(&self, context: &FramedContext, role: &str) -> Result<Vec<TokenSpan>> {
+        let Context::Messages(messages) = &context.source else { return Ok(Vec::new()) };
+        let said = |message: &Message| message.role == role && !message.content.trim().is_empty();
+        if !messages.iter().any(said) {
+            return Ok(Vec::new());
+        }
+        let located = self.located(messages, context)?;
+        let shown = messages.iter().zip(&located.contents).filter(|(message, _)| said(message));
+        let shown: Vec<ByteSpan> = shown.map(|(_, &span)| span).collect();
+        let tokens = self.token_spans_until(context, shown.iter().map(|span| span.end).max().unwrap_or(0))?;
+        Ok(shown.into_iter().map(|span| overlapping(&tokens, span)).collect())
     }
 
     /// The tokens of an oracle prompt: for each of `layers` the line with its number and `num_positions` placeholders,

@@ -2,10 +2,11 @@
 
 use serde::Deserialize;
 
+use crate::datapoint::SPECIAL_TOKEN;
 use crate::error::Result;
-use crate::example::{Context, Read};
 use crate::frame::{FramedContext, Framer};
 use crate::sample::Draws;
+use crate::span::TokenSpan;
 
 /// Which way a question looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -58,24 +59,25 @@ pub(crate) fn draw(
     id: &str,
 ) -> Result<Result<Window, &'static str>> {
     let mut draws = Draws::new(seed, id, "lens");
-    let (start, end) = if settings.within_assistant {
-        match assistant_turn(framer, context, &mut draws)? {
-            Ok(turn) => turn,
-            Err(reason) => return Ok(Err(reason)),
-        }
+    let drawing = Drawing::new(settings, &mut draws);
+    let most = settings.max_context_tokens.min(most_context_tokens);
+    let stretch = if settings.within_assistant {
+        let turns = framer.contents(context, "assistant")?;
+        drawing.fitting(turns, most).map(|turns| turns[draws.between(0, turns.len() - 1)])
     } else {
-        (framer.num_lead_tokens(context), context.ids.len())
+        let whole = TokenSpan { start: framer.num_lead_tokens(context), end: context.ids.len() };
+        drawing.fitting(vec![whole], most).map(|whole| whole[0])
     };
-    let end = end.min(settings.max_context_tokens).min(most_context_tokens);
-    let Some(drawing) = Drawing::new(settings, end.saturating_sub(start), &mut draws) else {
-        return Ok(Err("context_too_short"));
+    let TokenSpan { start, end } = match stretch {
+        Ok(stretch) => stretch,
+        Err(reason) => return Ok(Err(reason)),
     };
     let mut reason = "";
     for _ in 0..MOST_DRAWS {
-        let place = drawing.place(&mut draws);
+        let place = drawing.place(end - start, &mut draws);
         let answer_ids = &context.ids[start + place.answer_start..][..place.num_answer];
         if answer_ids.iter().any(|&id| framer.tokenizer().is_special(id)) {
-            reason = "special_token_in_answer";
+            reason = SPECIAL_TOKEN;
             continue;
         }
         let answer = framer.tokenizer().decode(answer_ids)?;
@@ -93,34 +95,10 @@ pub(crate) fn draw(
     Ok(Err(reason))
 }
 
-/// The tokens of one of the assistant's contents, drawn.
-fn assistant_turn(
-    framer: &Framer,
-    context: &FramedContext,
-    draws: &mut Draws,
-) -> Result<Result<(usize, usize), &'static str>> {
-    let turns: Vec<(usize, usize)> = match context.source() {
-        Context::Text(_) => Vec::new(),
-        Context::Messages(messages) => (0..)
-            .zip(messages)
-            .filter(|(_, message)| message.role == "assistant" && !message.content.trim().is_empty())
-            .map(|(at, message)| (at, message.content.chars().count()))
-            .collect(),
-    };
-    if turns.is_empty() {
-        return Ok(Err("no_assistant_turn"));
-    }
-    let (message, length) = turns[draws.between(0, turns.len() - 1)];
-    let read = Read { message: Some(message), start: Some(0), end: Some(length), onwards: false };
-    let tokens = framer.readable(context, Some(&[read]))?;
-    Ok(Ok((tokens[0] as usize, tokens[tokens.len() - 1] as usize + 1)))
-}
-
 /// How an example draws: which way it looks, and within which bounds.
 struct Drawing {
     read: [usize; 2],
     answer: [usize; 2],
-    available: usize,
     next: bool,
 }
 
@@ -133,8 +111,7 @@ struct Place {
 }
 
 impl Drawing {
-    /// Draw from `available` tokens; `None` if the least that is asked for does not fit.
-    fn new(settings: &LensSettings, available: usize, draws: &mut Draws) -> Option<Self> {
+    fn new(settings: &LensSettings, draws: &mut Draws) -> Self {
         let single = draws.unit() < settings.single_share;
         let next = match settings.direction {
             Direction::Next => true,
@@ -142,12 +119,28 @@ impl Drawing {
             Direction::Both => draws.below(2) == 0,
         };
         let read = if single { [1, 1] } else { settings.window };
-        let answer = settings.predict;
-        (available >= read[0].saturating_add(answer[0])).then_some(Self { read, answer, available, next })
+        Self { read, answer: settings.predict, next }
     }
 
-    fn place(&self, draws: &mut Draws) -> Place {
-        let Self { read: [least_read, most_read], answer: [least_answer, most_answer], available, next } = *self;
+    /// Those of `stretches` that have room for the least that is asked for before token `most`, cut there; or the reason
+    /// why none has.
+    fn fitting(&self, stretches: Vec<TokenSpan>, most: usize) -> Result<Vec<TokenSpan>, &'static str> {
+        if stretches.is_empty() {
+            return Err("no_assistant_turn");
+        }
+        let least = self.read[0].saturating_add(self.answer[0]);
+        let fits = |stretch: &TokenSpan| stretch.end.saturating_sub(stretch.start) >= least;
+        if !stretches.iter().any(fits) {
+            return Err("context_too_short");
+        }
+        let cut = |stretch: TokenSpan| TokenSpan { end: stretch.end.min(most), ..stretch };
+        let fitting: Vec<TokenSpan> = stretches.into_iter().map(cut).filter(fits).collect();
+        if fitting.is_empty() { Err("beyond_max_context_tokens") } else { Ok(fitting) }
+    }
+
+    /// Draw from `available` tokens, which are enough.
+    fn place(&self, available: usize, draws: &mut Draws) -> Place {
+        let Self { read: [least_read, most_read], answer: [least_answer, most_answer], next } = *self;
         let num_answer = draws.between(least_answer, most_answer.min(available - least_read));
         let num_read = draws.between(least_read, most_read.min(available - num_answer));
         let start = draws.between(0, available - num_read - num_answer);

@@ -14,7 +14,7 @@ use crate::span::ByteSpan;
 use crate::template::{Template, is_python_space};
 
 /// What stands where in the rendered text of a conversation.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Located {
     /// Each message's content as rendered, its white space cut where the template cuts it.
     pub contents: Vec<ByteSpan>,

@@ -39,7 +39,7 @@ pub struct Progress {
     pub messages: Vec<String>,
 }
 
-/// How many messages of bad examples are kept.
+/// How many messages of bad rows are kept.
 const MESSAGES: usize = 5;
 
 /// Writes a packed data set into one folder.
@@ -73,7 +73,7 @@ pub struct Run {
     pub part: Part,
     /// Go on with the shards that are there.
     pub resume: bool,
-    /// How many bad examples are passed over before the build stops.
+    /// How many bad rows are passed over before the build stops.
     pub max_errors: usize,
 }
 
@@ -115,7 +115,7 @@ impl PackWriter {
     /// Full shards are built at once and written while the next rows are taken.
     ///
     /// # Errors
-    /// If more examples than allowed cannot be used or a shard cannot be written. After such an error the writer refuses
+    /// If more rows than allowed cannot be used or a shard cannot be written. After such an error the writer refuses
     /// further work; the shards that were finished stay.
     pub fn add(
         &mut self,
@@ -212,7 +212,7 @@ impl PackWriter {
             return first;
         }
         Error::input(format!(
-            "{} examples cannot be used, more than the {} that are passed over with --max-errors; the last shard's first: {first}",
+            "{} rows cannot be used, more than the {} that are passed over with --max-errors; the last shard's first: {first}",
             self.num_errors, self.max_errors
         ))
     }

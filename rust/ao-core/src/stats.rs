@@ -33,7 +33,7 @@ pub struct SourceStats {
     pub without_donor: u64,
     /// Examples left out, by reason.
     pub drops: Counted,
-    /// Examples passed over because they cannot be used, by reason.
+    /// Rows passed over because they cannot be used, by reason; what else they offer is among the drops.
     pub errors: Counted,
     /// Datapoints by answer, where answers are labels.
     pub answers: Counted,

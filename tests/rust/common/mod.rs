@@ -9,7 +9,7 @@ use ao_core::Result;
 use ao_core::frame::Framer;
 use ao_core::pack::{PackWriter, Progress, Run};
 use ao_core::rows::Table;
-use ao_core::source::Source;
+use ao_core::source::{Source, Survey};
 use serde_json::{Value, json};
 
 pub fn golden(name: &str) -> PathBuf {
@@ -96,6 +96,58 @@ pub fn texts() -> Vec<Value> {
     (0..24).map(|at| json!({"text": format!("The weather in Paris is fine today, {at} \u{1f600} times.")})).collect()
 }
 
+/// Labelled texts, true and false statements, and stimuli, some of them unanswerable: sources with their tables and rows.
+fn labelled() -> Vec<(Value, Table, Vec<Value>)> {
+    let unanswerable = json!({"share": 0.3, "answer": "I cannot tell."});
+    let reads = json!([{"share": 1, "window": [1, 4], "before_end": [0, 6]}]);
+    let labels = json!({"name": "labels", "kind": "classification", "seed": 7, "text": "{who} {what}", "label": "y",
+        "questions": ["Is it {label}?", "What is it?", "{who}: {label}?"], "questions_per_text": 2, "prefix": "Say: ",
+        "labels": {"0": ["past", "over"], "1": ["present"], "2": ["past"], "3": []}, "reads": reads,
+        "unanswerable": unanswerable});
+    let texts = (0..16).map(|at| {
+        let (who, what) = (if at % 2 == 0 { "He" } else { "She" }, format!("went {}", at / 3));
+        json!({"who": who, "what": what, "y": at % 4})
+    });
+    let facts = json!({"name": "facts", "kind": "classification", "seed": 7, "count": 14, "reads": reads,
+        "questions": ["Is this {label}?"], "unanswerable": unanswerable});
+    let pairs = [("Paris", "France"), ("Rome", "Italy"), ("Lyon", "France"), ("Caf\u{e9}", "\u{1f600}")];
+    let pairs = pairs.repeat(2).into_iter().map(|(subject, object)| json!({"subject": subject, "object": object}));
+    let mut statements = table(&facts);
+    statements.templates = Some(vec!["The city of {} is in".to_owned(), "Where {} is:".to_owned()]);
+    let stimuli = json!({"name": "qa", "kind": "latentqa", "seed": 7, "questions_per_stimulus": 2, "reads": reads,
+        "questions": {"a": [["What is a?", "It is a."], ["Is it b?", "No"], ["So?", "Yes"]], "b": [["What?", "It is b."]], "c": []},
+        "unanswerable": unanswerable});
+    let turns = (0..9).map(|at| {
+        let [user, model] = ["user", "model"].map(|who| format!("The {who} says {at}."));
+        let label = ["a", "b", "c"][at % 3];
+        json!({"label": label, "control_user": user, "control_model": model, "stimulus_user": "And?"})
+    });
+    let mut chats = table(&stimuli);
+    chats.r#type = Some("stimulus".to_owned());
+    vec![
+        (labels.clone(), table(&labels), texts.collect()),
+        (facts, statements, pairs.collect()),
+        (stimuli, chats, turns.collect()),
+    ]
+}
+
+/// One source of every kind with its table and its rows, ready to be packed.
+pub fn sources() -> Vec<(Arc<Source>, Table, Vec<String>)> {
+    let plain = [(records_source(), records()), (lens_source(), texts())];
+    let plain = plain.into_iter().map(|(source, rows)| (source.clone(), table(&source), rows));
+    plain
+        .chain(labelled())
+        .map(|(source, table, rows)| {
+            let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+            let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+            let mut survey = Survey::new(&source.to_string()).expect("the source is sound");
+            survey.add(&table, 0, &rows);
+            let (source, _) = survey.settle().expect("there is something to ask");
+            (Arc::new(source), table, lines)
+        })
+        .collect()
+}
+
 /// A writer that builds everything.
 pub fn writer(framer: &Framer, folder: &Path, settings: &Value) -> Result<PackWriter> {
     PackWriter::new(folder, framer, &settings.to_string(), Run::default())
@@ -122,7 +174,7 @@ pub fn add(
     writer.add(framer, &settled, &table(source), first, &rows).cloned()
 }
 
-/// Pack the examples above into `folder` and return the manifest.
+/// Pack one source of every kind into `folder` and return the manifest.
 pub fn pack(framer: &Framer, folder: &Path, settings: &Value) -> Result<Value> {
     pack_with(framer, folder, settings, Run::default())
 }
@@ -130,8 +182,10 @@ pub fn pack(framer: &Framer, folder: &Path, settings: &Value) -> Result<Value> {
 /// The same in a given way: a part, or going on.
 pub fn pack_with(framer: &Framer, folder: &Path, settings: &Value, run: Run) -> Result<Value> {
     let mut writer = PackWriter::new(folder, framer, &settings.to_string(), run)?;
-    add(&mut writer, framer, &records_source(), 0, &records())?;
-    add(&mut writer, framer, &lens_source(), 0, &texts())?;
+    for (source, table, lines) in sources() {
+        let rows: Vec<&[u8]> = lines.iter().map(String::as_bytes).collect();
+        writer.add(framer, &source, &table, 0, &rows)?;
+    }
     let manifest = writer.finish(framer)?;
     Ok(serde_json::from_str(&manifest).expect("the manifest is JSON"))
 }

@@ -47,8 +47,10 @@ pub(crate) struct Shown {
 #[derive(Debug, Default)]
 pub(crate) struct Labels {
     known: bool,
-    /// All labels, sorted.
+    /// Those that can be asked about, sorted.
     all: Vec<Arc<str>>,
+    /// By wording, the places in `all` of the labels that have it.
+    worded: HashMap<String, Vec<usize>>,
     /// The labels of what rows label differently, by its [`key_of`].
     several: HashMap<u128, Vec<Arc<str>>>,
     relations: BTreeMap<String, Relation>,
@@ -57,8 +59,40 @@ pub(crate) struct Labels {
 /// One relation file.
 #[derive(Debug, Default)]
 struct Relation {
-    objects: BTreeSet<String>,
-    right: BTreeMap<String, BTreeSet<String>>,
+    /// Sorted.
+    objects: Vec<String>,
+    /// By subject, the places of its objects, sorted.
+    right: BTreeMap<String, Vec<usize>>,
+}
+
+impl Relation {
+    fn new(pairs: &[(String, String, String)]) -> Self {
+        let objects: BTreeSet<&String> = pairs.iter().map(|(_, _, object)| object).collect();
+        let objects: Vec<String> = objects.into_iter().cloned().collect();
+        let mut right: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for (_, subject, object) in pairs {
+            right.entry(subject.clone()).or_default().extend(objects.binary_search(object));
+        }
+        right.values_mut().for_each(in_order);
+        Self { objects, right }
+    }
+}
+
+/// Sort places, each once.
+fn in_order(places: &mut Vec<usize>) {
+    places.sort_unstable();
+    places.dedup();
+}
+
+/// One of `items`, drawn, but none of those at the places `but`, which are sorted.
+fn draw_but<'a, T>(items: &'a [T], but: &[usize], draws: &mut Draws) -> Option<&'a T> {
+    let left = items.len() - but.len();
+    if left == 0 {
+        return None;
+    }
+    let drawn = draws.below(left as u64) as usize;
+    // There may be as many items as rows, so they are stepped over and not listed.
+    Some(&items[but.iter().fold(drawn, |at, &place| at + usize::from(place <= at))])
 }
 
 impl Labels {
@@ -69,9 +103,10 @@ impl Labels {
     /// What a survey found, beside the labels that were given.
     pub(super) fn surveyed(
         self,
+        classification: &Classification,
         mut found: BTreeSet<Arc<str>>,
         mut labelled: Vec<(u128, Arc<str>)>,
-        pairs: Vec<(String, String, String)>,
+        mut pairs: Vec<(String, String, String)>,
     ) -> Self {
         labelled.par_sort_unstable();
         labelled.dedup();
@@ -81,13 +116,17 @@ impl Labels {
             .map(|labels| (labels[0].0, labels.iter().map(|(_, label)| Arc::clone(label)).collect()))
             .collect();
         found.extend(self.all);
-        let mut relations: BTreeMap<String, Relation> = BTreeMap::new();
-        for (prefix, subject, object) in pairs {
-            let relation = relations.entry(prefix).or_default();
-            relation.right.entry(subject).or_default().insert(object.clone());
-            relation.objects.insert(object);
+        let all: Vec<Arc<str>> = found.into_iter().filter(|label| !classification.leaves_out(label)).collect();
+        let mut worded: HashMap<String, Vec<usize>> = HashMap::new();
+        for (place, label) in all.iter().enumerate() {
+            for wording in classification.labels.get(&**label).into_iter().flatten() {
+                worded.entry(wording.clone()).or_default().push(place);
+            }
         }
-        Self { known: true, all: found.into_iter().collect(), several, relations }
+        pairs.sort_by(|one, other| one.0.cmp(&other.0));
+        let of_one_file = pairs.chunk_by(|one, next| one.0 == next.0);
+        let relations = of_one_file.map(|pairs| (pairs[0].0.clone(), Relation::new(pairs))).collect();
+        Self { known: true, all, worded, several, relations }
     }
 }
 
@@ -146,7 +185,12 @@ impl Classification {
     /// # Errors
     /// If a question asks about a label, and no other is worded differently.
     pub(super) fn require_wrong(&self, labels: &Labels) -> Result<()> {
-        let is_alone = |own: &&Arc<str>| !self.leaves_out(own) && self.wrong(&[own], labels).next().is_none();
+        // The wordings tell most labels apart before any place is listed.
+        let most = |own: &Arc<str>| -> usize {
+            self.labels.get(&**own).map_or(1, |words| words.iter().map(|word| labels.worded[word].len()).sum())
+        };
+        let is_alone =
+            |own: &&Arc<str>| most(own) >= labels.all.len() && self.not_wrong(&[own], labels).len() == labels.all.len();
         if self.asking().next().is_some()
             && let Some(own) = labels.all.iter().find(is_alone)
         {
@@ -259,11 +303,7 @@ impl Classification {
             } else {
                 let right = source.labels.several.get(&key_of(template, shown));
                 let right = right.map_or(vec![label], |labels| labels.iter().map(|label| &**label).collect());
-                let wrong: Vec<&str> = self.wrong(&right, &source.labels).collect();
-                if wrong.is_empty() {
-                    return None;
-                }
-                wrong[draws.below(wrong.len() as u64) as usize]
+                &**draw_but(&source.labels.all, &self.not_wrong(&right, &source.labels), &mut draws)?
             };
             let answer = if is_right { "Yes" } else { "No" };
             (filled(template, shown, self.wording(source, &id, asked)), answer)
@@ -281,17 +321,17 @@ impl Classification {
         })
     }
 
-    /// The labels that are wrong of what has the labels `right`; one that is worded like a right one is not.
-    fn wrong<'a>(&self, right: &[&str], labels: &'a Labels) -> impl Iterator<Item = &'a str> {
-        let worded_alike = |own: &str, label: &str| match (self.labels.get(own), self.labels.get(label)) {
-            (Some(own), Some(other)) => own.iter().any(|word| other.contains(word)),
-            _ => label == own,
-        };
-        labels
-            .all
-            .iter()
-            .map(|label| &**label)
-            .filter(move |label| !self.leaves_out(label) && !right.iter().any(|own| worded_alike(own, label)))
+    /// The places of the labels that are not wrong of what has the labels `right`: these, and those worded like one of them.
+    fn not_wrong(&self, right: &[&str], labels: &Labels) -> Vec<usize> {
+        let mut places = Vec::new();
+        for &own in right {
+            match self.labels.get(own) {
+                Some(words) => places.extend(words.iter().filter_map(|word| labels.worded.get(word)).flatten()),
+                None => places.extend(labels.all.binary_search_by(|label| (**label).cmp(own))),
+            }
+        }
+        in_order(&mut places);
+        places
     }
 
     /// How `label` is worded for the example `id`.
@@ -353,13 +393,9 @@ fn statements(place: &RowPlace<'_>, id: &str, row: &Map<String, Value>, template
     let filled = template.replacen("{}", &subject, 1);
     let none = Relation::default();
     let relation = place.source.labels.relations.get(&place.table.prefix).unwrap_or(&none);
-    let right = relation.right.get(&subject);
-    let wrong: Vec<&String> =
-        relation.objects.iter().filter(|other| right.is_none_or(|right| !right.contains(*other))).collect();
-    if wrong.is_empty() {
-        let what = format!("no other object than {object:?} to make a false statement of");
-        return Err(place.error("bad_field", what));
-    }
-    let other = wrong[Draws::new(seed, id, "wrong_object").below(wrong.len() as u64) as usize];
+    let right = relation.right.get(&subject).map_or(&[][..], Vec::as_slice);
+    let other = draw_but(&relation.objects, right, &mut Draws::new(seed, id, "wrong_object")).ok_or_else(|| {
+        place.error("bad_field", format!("no other object than {object:?} to make a false statement of"))
+    })?;
     Ok([&object, other].map(|object| format!("{} {object}.", strip(&filled))))
 }

@@ -9,6 +9,7 @@ use super::{About, Asked, RowPlace, strip};
 use crate::error::Result;
 use crate::example::{Context, Message};
 use crate::lens::LensSettings;
+use crate::rows::RowUnit;
 
 /// What a source of documents says of them.
 #[derive(Debug)]
@@ -28,23 +29,17 @@ impl Documents {
             .and_then(|found| reader.end().map(|()| found))
             .map_err(|error| place.not_read(&error))?;
         let context = match found {
-            None => {
+            // A table has its columns in every row: what is not there is a null.
+            None if place.table.unit != RowUnit::Row => {
                 let keys = format!(
                     "neither {:?} nor \"messages\" is there; name the key of the text or chat as \"text\"",
                     self.text
                 );
                 return Err(place.error("bad_field", keys));
             }
-            Some(Document::Text(text)) if strip(&text).is_empty() => {
-                return Err(place.error("bad_field", format!("key {:?}: expected text, got {text:?}", self.text)));
-            }
-            Some(Document::Text(text)) => Context::Text(strip(&text).to_owned()),
-            Some(Document::Chat(turns)) if turns.is_empty() => {
-                return Err(place.error("bad_field", "expected a list of messages, got an empty one"));
-            }
-            Some(Document::Chat(turns)) => Context::Messages(
-                turns.into_iter().map(|turn| Message { role: turn.role, content: turn.content }).collect(),
-            ),
+            None | Some(None) => Context::Text(String::new()),
+            Some(Some(Document::Text(text))) => Context::Text(strip(&text).to_owned()),
+            Some(Some(Document::Chat(turns))) => Context::Messages(turns.into_iter().map(Turn::message).collect()),
         };
         Ok(Asked { context, read: None, label: None, about: About::Tokens })
     }
@@ -54,7 +49,13 @@ impl Documents {
 #[derive(Deserialize)]
 struct Turn {
     role: String,
-    content: String,
+    content: Option<String>,
+}
+
+impl Turn {
+    fn message(self) -> Message {
+        Message { role: self.role, content: self.content.unwrap_or_default() }
+    }
 }
 
 #[derive(Deserialize)]
@@ -64,11 +65,12 @@ enum Document {
     Chat(Vec<Turn>),
 }
 
-/// The document under this key or under `messages`; other fields are passed over without being kept.
+/// The document under this key or under `messages`, if there is one of them, and if it is no null; other fields are passed
+/// over without being kept.
 struct KeyOf<'a>(&'a str);
 
 impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
-    type Value = Option<Document>;
+    type Value = Option<Option<Document>>;
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self)
@@ -76,7 +78,7 @@ impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
 }
 
 impl<'de> Visitor<'de> for KeyOf<'_> {
-    type Value = Option<Document>;
+    type Value = Option<Option<Document>>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         formatter.write_str("a JSON object")
@@ -86,13 +88,13 @@ impl<'de> Visitor<'de> for KeyOf<'_> {
         let (mut text, mut messages) = (None, None);
         while let Some(key) = map.next_key::<std::borrow::Cow<str>>()? {
             if key == "messages" {
-                messages = map.next_value::<Option<Document>>()?;
+                messages = Some(map.next_value::<Option<Document>>()?);
             } else if key == self.0 {
-                text = map.next_value::<Option<Document>>()?;
+                text = Some(map.next_value::<Option<Document>>()?);
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
         }
-        Ok(messages.or(text))
+        Ok(if matches!(messages, Some(Some(_))) { messages } else { text.or(messages) })
     }
 }

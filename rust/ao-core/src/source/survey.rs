@@ -79,8 +79,10 @@ impl Survey {
     pub fn settle(self) -> Result<(Source, Option<usize>)> {
         let Self { source, mut keys, labels, labelled, pairs } = self;
         let mut source = Arc::into_inner(source).expect("no unit of a survey outlives the call that made it");
-        if source.lacks_labels() {
-            source.labels = std::mem::take(&mut source.labels).surveyed(labels, labelled, pairs);
+        if source.lacks_labels()
+            && let Kind::Classification(classification) = &source.kind
+        {
+            source.labels = std::mem::take(&mut source.labels).surveyed(classification, labels, labelled, pairs);
         }
         if let Kind::Classification(classification) = &source.kind {
             classification.require_wrong(&source.labels).map_err(|error| error.in_settings_of(&source.name))?;
