@@ -331,7 +331,10 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
         _fail(error, 2, as_json)
     try:
         result = handlers[type(command)](command)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IndexError) as error:
+    except (
+        *(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IndexError),
+        ModuleNotFoundError,  # an extra that the user asked for
+    ) as error:
         _fail(error, 2, as_json)
     except (RuntimeError, OSError, MemoryError) as error:
         _fail(error, 3, as_json)

@@ -467,12 +467,14 @@ class TrainConfig(Config):
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be positive, got {value}")
-        for name in ("held_out", "save_every", "keep"):
-            if getattr(self, name) < 0:
+        for name in ("held_out", "save_every", "keep", "seed", "weight_decay"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm", "injection_scale", "rescale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas lie in [0, 1), got {list(self.betas)}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup is a share of the steps, got {self.warmup}")
         if not 0 <= self.dropout < 1:

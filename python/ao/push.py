@@ -59,6 +59,11 @@ def push(
     if not _REPOSITORY.fullmatch(repository):
         raise ValueError(f"repository {repository!r}: expected OWNER/NAME, as in you/gemma-4-31b-oracle")
     contract = check_adapter(folder)
+    made_of = () if (folder / CARD).is_file() else ("recipe.toml", "training.json")
+    if missing := [name for name in made_of if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: no {missing[0]}, which the card is drafted from; push the folder that `ao train` wrote, or its best/"
+        )
     found = _report(folder, report)
     contents, card = _contents(folder, repository, found)
     result: dict[str, Any] = {

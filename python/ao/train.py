@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +33,7 @@ from ao.replica import load_replica
 from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split
+from ao.training.identity import identity_of, require_same_run, tell_changes, versions
 from ao.training.lookahead import look_ahead
 from ao.training.meter import Meter
 from ao.training.record import as_followed, write_run
@@ -45,7 +45,6 @@ from ao.training.state import (
     found_in,
     load_checkpoint,
     prune,
-    require_same_run,
     save_checkpoint,
 )
 from ao.training.step import Learner, learning_rate
@@ -55,9 +54,6 @@ log = logging.getLogger(__name__)
 
 REPEATED = 5.0
 """Seconds within which another signal is the same one again."""
-_VERSIONS = {"ao": "activation-oracles"} | {name: name for name in ("torch", "transformers", "peft", "numpy")}
-_FREE = ("out", "log_every", "eval_every", "save_every", "keep", "track", "recompute")
-"""Settings of `[train]` that may change between a run and its resumption: no loss depends on them."""
 
 
 def train(
@@ -95,12 +91,12 @@ def train(
             or the checkpoint is of another run.
     """
     config, data, out = recipe.train, Path(data), Path(out)
-    with ranks(resolve_device(recipe.model.device)) as here, _signals() as asked:
+    with ranks(resolve_device(recipe.model.device)) as here, _signals(here) as asked:
         found = found_in(out, resume=resume, restart=restart)
         dataset = PackedDataset.open(data, verify=here.first)
         dataset.require(**fingerprints(recipe.model))
         dataset.require_base()
-        identity = _identity(recipe, dataset)
+        identity = identity_of(recipe, dataset)
         if found is not None and found.name == RECORD:
             record = read_manifest(found)
             require_same_run(found, record, identity)
@@ -108,8 +104,9 @@ def train(
         run = _Run()
         if found is not None:
             saved = read_manifest(found / "run.json")
-            require_same_run(found, saved, identity)
-            _compare_versions(found, saved["versions"])
+            changes = require_same_run(found, saved, identity)
+            if here.first:
+                tell_changes(found, saved, changes)
             run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
         # What can be wrong with the settings is found before the model is loaded.
         require_trackers(config.track)
@@ -178,7 +175,7 @@ def _loop(
         with meter.timing("save"):
             state = {
                 "identity": identity,
-                "versions": _versions(),
+                "versions": versions(),
                 "step": step,
                 "losses": losses,
                 "best_step": run.best_step,
@@ -197,7 +194,7 @@ def _loop(
             "steps": len(losses),
             "identity": identity,
             "ranks": here.world,
-            "versions": _versions(),
+            "versions": versions(),
             "losses": list(losses),
             "held_out": last_scored,
             "best_held_out": None if run.best_step is None else {"step": run.best_step, "loss": run.best_loss},
@@ -339,6 +336,12 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
     placed = replace(recipe.model, device=str(here.device))
     model = load_replica(placed, here)
     target = load_replica(placed, here, which="target") if recipe.model.target else model
+    widths = [archs.find(each).d_model for each in (model, target)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"model.target {recipe.model.target!r}: its activations have d_model {widths[1]}, but the base "
+            f"{recipe.model.name!r} takes {widths[0]}; choose a target of the base's width"
+        )
     contexts = [dataset[index].context_ids for index in range(min(4, len(dataset)))]
     for each in {id(model): model, id(target): target}.values():
         fuse_norms(each)
@@ -346,27 +349,8 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
     return model, target
 
 
-def _identity(recipe: Recipe, dataset: PackedDataset) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from."""
-    settings = {name: value for name, value in to_dict(recipe.train).items() if name not in _FREE}
-    model = {name: value for name, value in to_dict(recipe.model).items() if name != "device"}
-    shards = [entry["sha256"] for entry in dataset.manifest["shards"]]
-    return {"train": settings, "model": model, "shards": shards}
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(distribution) for name, distribution in _VERSIONS.items()}
-
-
-def _compare_versions(checkpoint: Path, saved: dict[str, str]) -> None:
-    """Tell where a run is resumed under other versions than it was begun with."""
-    others = [f"{name} {saved.get(name)}, now {now}" for name, now in _versions().items() if saved.get(name) != now]
-    if others:
-        log.warning("%s: written with %s; what follows may differ in the last digits", checkpoint, ", ".join(others))
-
-
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
+def _signals(here: Ranks) -> Iterator[threading.Event]:
     """Inside, SIGINT or SIGTERM asks the run to stop after its step; another one some seconds later stops it at once."""
     asked, first = threading.Event(), [0.0]
     if threading.current_thread() is not threading.main_thread():
@@ -380,6 +364,8 @@ def _signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         if not asked.is_set():
             first[0] = time.monotonic()
+            if here.first:
+                log.warning("asked to stop: the run saves and ends after its next step; to end it at once, ask again")
         asked.set()
 
     for number in before:

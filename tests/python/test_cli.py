@@ -406,6 +406,7 @@ def test_usage_errors_exit_with_two(run, project, args):
         (RuntimeError("rank 1 of 2 failed"), 3),
         (MemoryError("no memory"), 3),
         (PermissionError(13, "Permission denied", "adapter"), 3),
+        (ModuleNotFoundError("train.track names 'wandb', which is not installed"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -211,6 +211,9 @@ def source(**values: object) -> dict[str, object]:
         ({"data": {"seed": -1}}, "data.seed must not be negative"),
         ({"data": {"examples_per_shard": 0}}, "data.examples_per_shard must be positive"),
         ({"train": {"steps": "many"}}, "train.steps"),
+        ({"train": {"betas": [1.5, 2]}}, "train.betas lie in [0, 1), got [1.5, 2.0]"),
+        ({"train": {"weight_decay": -1}}, "train.weight_decay must not be negative, got -1.0"),
+        ({"train": {"seed": -1}}, "train.seed must not be negative, got -1"),
     ],
 )
 def test_bad_recipes_name_the_key(values: dict[str, object], message: str) -> None:

@@ -267,3 +267,10 @@ def test_a_report_of_something_else_is_refused(folder):
         push(folder, "me/oracle", report=folder / "training.json", dry_run=True)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         push(folder, "me/oracle", report=folder / "none.json", dry_run=True)
+
+
+def test_a_folder_that_lacks_what_its_card_is_drafted_from_is_named(folder):
+    (folder / "README.md").unlink()
+    (folder / "recipe.toml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter: no recipe\.toml, which the card is drafted from; push the"):
+        push(folder, "me/oracle", dry_run=True)

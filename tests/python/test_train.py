@@ -18,9 +18,10 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import ao.train
+import ao.training.identity
 import ao.training.lookahead
 import ao.training.step
 from ao import Oracle
@@ -476,6 +477,19 @@ def test_an_injection_layer_beyond_the_model_is_refused(packed, tmp_path):
         losses(packed, tmp_path / "out", injection_layer=6)
 
 
+def test_a_target_of_another_width_is_refused(packed, tmp_path):
+    narrow = Path(shutil.copytree(model_folder("demo"), tmp_path / "narrow"))
+    config = AutoConfig.from_pretrained(narrow)
+    width, config.hidden_size = config.hidden_size, config.hidden_size // 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(narrow)
+    recipe = recipe_of()
+    recipe = replace(recipe, model=replace(recipe.model, target=str(narrow)))
+    with pytest.raises(
+        ValueError, match=rf"narrow': its activations have d_model {width // 2}, .* 'demo' takes {width}"
+    ):
+        train(recipe, data=packed, out=tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize("target", ["adapter", "difference"])
 def test_activations_that_cannot_be_collected_yet_are_refused(target, tmp_path):
     """Trained as if they were the base's own they would teach something else."""
@@ -543,7 +557,7 @@ def test_two_ranks_resume_what_two_ranks_began(packed, tmp_path):
         train(recipe, data=packed, out=tmp_path / "one", resume=True, progress=False)
 
 
-def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch):
+def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch, caplog):
     recipe = recipe_of(save_every=0)
     step, signals = Learner.step, iter([signal.SIGTERM])
 
@@ -556,6 +570,9 @@ def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch):
         patch.setattr(Learner, "step", signalled)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    # It is answered at once, as loading and a window may take minutes.
+    said = [text.split(":")[0] for text in caplog.messages if "stop" in text]
+    assert said == ["asked to stop", "stopped after 2 of 6 steps; --resume goes on from there"]
     found = [path.name for path in checkpoints(tmp_path / "out")]
     # The flag is read before a step, and the signal came within the first.
     assert found == ["step-000002"]
@@ -607,15 +624,19 @@ def test_other_versions_are_told(packed, tmp_path, monkeypatch, caplog):
     recipe = recipe_of(save_every=2)
     train(recipe, data=packed, out=tmp_path / "out", progress=False)
     (tmp_path / "out" / "training.json").unlink()
-    monkeypatch.setattr(ao.train, "version", lambda _: "99")
+    monkeypatch.setattr(ao.training.identity, "version", lambda _: "99")
     train(recipe, data=packed, out=tmp_path / "out", progress=False, resume=True)
     assert any("now 99; what follows may differ" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"learning_rate": 1e-3}, r"train was .*1e-3|train was"), ({"steps": 7}, "train was")],
-    ids=["rate", "steps"],
+    [
+        ({"learning_rate": 1e-3}, r"run: train\.learning_rate was 0\.005, got 0\.001; undo"),
+        ({"steps": 7, "seed": 1}, r"run: train\.seed was 0, got 1; train\.steps was 6, got 7; undo"),
+        ({"tokens_per_step": 512}, r"run: train\.tokens_per_step was null, got 512; undo"),
+    ],
+    ids=["rate", "steps", "tokens"],
 )
 def test_another_run_is_not_resumed(changes, problem, packed, tmp_path):
     train(recipe_of(save_every=2), data=packed, out=tmp_path / "out", progress=False)
@@ -624,6 +645,27 @@ def test_another_run_is_not_resumed(changes, problem, packed, tmp_path):
         train(recipe_of(save_every=2, **changes), data=packed, out=tmp_path / "out", resume=True, progress=False)
     # What no loss depends on may change.
     train(recipe_of(save_every=3, log_every=1), data=packed, out=tmp_path / "out", resume=True, progress=False)
+
+
+def test_budgets_and_cache_may_change_where_memory_ran_out(packed, tmp_path, caplog):
+    recipe = recipe_of(save_every=2)
+    whole = train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    (tmp_path / "out" / "training.json").unlink()
+    collect(recipe.model, wanted_units(recipe, data=packed), out=tmp_path / "acts", dtype="F32")
+    changes = {"tokens_per_row": 150, "context_tokens_per_row": 100, "cache": str(tmp_path / "acts")}
+    record = train(recipe_of(**changes), data=packed, out=tmp_path / "out", resume=True, progress=False)
+    assert_allclose(record["losses"], whole["losses"], rtol=1e-5)
+    (said,) = (text for text in caplog.messages if "last digits" in text)
+    for part in ("train.tokens_per_row was 512, now 150", "context_tokens_per_row was 8192, now 100", "cache was null"):
+        assert part in said
+
+
+def test_rows_may_not_change_where_they_make_the_steps(packed, tmp_path):
+    rows = {"tokens_per_step": 300, "save_every": 2}
+    train(recipe_of(tokens_per_row=150, **rows), data=packed, out=tmp_path / "out", progress=False)
+    (tmp_path / "out" / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"train\.tokens_per_row was 150, got 300"):
+        train(recipe_of(tokens_per_row=300, **rows), data=packed, out=tmp_path / "out", resume=True, progress=False)
 
 
 # --- the held-out part, and the ways to train ------------------------------------------------------------------------
@@ -657,7 +699,7 @@ def test_a_control_shows_another_context_whatever_the_ranks(packed):
 
 def test_a_later_run_in_the_same_folder_is_the_one_resumed(packed, tmp_path, monkeypatch):
     train(recipe_of(), data=packed, out=tmp_path / "out", progress=False)
-    with pytest.raises(ValueError, match="another run: train was"):
+    with pytest.raises(ValueError, match=r"another run: train\.steps was 6, got 8"):
         train(recipe_of(steps=8), data=packed, out=tmp_path / "out", resume=True, progress=False)
     step, done = Learner.step, iter(range(10**6))
 

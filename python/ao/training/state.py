@@ -6,7 +6,6 @@ weights and the optimizer's states, every rank its random state.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -137,21 +136,6 @@ def prune(out: Path, *, keep: int, best: int | None) -> None:
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
-
-
-def require_same_run(folder: Path, run: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another run.
-
-    Raises:
-        ValueError: names the first setting that differs.
-    """
-    saved = run["identity"]
-    for name in sorted({*saved, *identity}):
-        if canonical_json(saved.get(name)) != canonical_json(identity.get(name)):
-            raise ValueError(
-                f"{folder}: the checkpoint is of another run: {name} was {json.dumps(saved.get(name))}, got "
-                f"{json.dumps(identity.get(name))}; undo the change, or begin anew with --restart"
-            )
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
