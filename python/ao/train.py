@@ -48,7 +48,7 @@ from ao.training.state import (
     save_checkpoint,
 )
 from ao.training.step import Learner, learning_rate
-from ao.training.tracking import Log, require_trackers
+from ao.training.tracking import Log, new_id, require_trackers
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +101,13 @@ def train(
             record = read_manifest(found)
             require_same_run(found, record, identity)
             return {**record, "first_rank": here.first}
-        run = _Run()
+        run = _Run(new_id(out))
         if found is not None:
             saved = read_manifest(found / "run.json")
             changes = require_same_run(found, saved, identity)
             if here.first:
                 tell_changes(found, saved, changes)
-            run = _Run(saved["step"], saved["losses"], saved["best_step"], saved["best_loss"], saved["meter"])
+            run = _Run(**{name: saved[name] for name in ("id", "step", "losses", "best_step", "best_loss", "meter")})
         # What can be wrong with the settings is found before the model is loaded.
         require_trackers(config.track)
         followed = as_followed(recipe, dataset, out, root=Path(root))
@@ -133,6 +133,8 @@ def train(
 class _Run:
     """How far a run is."""
 
+    id: str
+    """Of this run alone, also where another one goes to the same folder; trackers know it by this."""
     step: int = 0
     losses: list[float | None] = field(default_factory=list)
     best_step: int | None = None
@@ -174,6 +176,7 @@ def _loop(
     def save(step: int) -> None:
         with meter.timing("save"):
             state = {
+                "id": run.id,
                 "identity": identity,
                 "versions": versions(),
                 "step": step,
@@ -205,7 +208,7 @@ def _loop(
         }
 
     with (
-        Log(out, config.track, config=to_dict(recipe), step=run.step, active=here.first) as lines,
+        Log(out, config.track, run=run.id, config=to_dict(recipe), step=run.step, active=here.first) as lines,
         learner.ready(),
         bar,
     ):

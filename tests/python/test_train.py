@@ -46,6 +46,7 @@ from ao.training.heldout import share_of, split
 from ao.training.recompute import Recompute
 from ao.training.state import checkpoints
 from ao.training.step import Learner, learning_rate
+from ao.training.tracking import Log
 
 STEPS, PER_STEP = 6, 8
 READS = [{"share": 0.5, "all": True}, {"share": 0.5, "window": [1, 3]}]
@@ -618,6 +619,29 @@ def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(name, packed, tmp_p
     assert begun["name"] == resumed["name"]
     assert begun.get("id") == resumed.get("id")
     assert ("id" in begun) == (name == "wandb")
+    # Another run is another one, in the same folder as in one whose last name is the same.
+    for out in (tmp_path / "out", tmp_path / "other" / "out"):
+        train(recipe, data=packed, out=out, progress=False)
+    names = [call[1]["name"] for call in calls if call[0] == "init"]
+    assert len(set(names)) == len(names) - 1
+    assert names[-1].startswith("other-out-")
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_tensorboard_hides_steps_that_are_done_again(step, tmp_path, monkeypatch):
+    """And nothing before the first number comes, as a start may fail."""
+    made: list[tuple] = []
+
+    def writer(folder, purge_step):
+        made.append((folder, purge_step))
+        return SimpleNamespace(add_scalar=lambda *args: made.append(args), close=lambda: made.append(("close",)))
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(SummaryWriter=writer))
+    with Log(tmp_path, ("tensorboard",), run="r", config={}, step=step) as lines:
+        assert made == []
+        lines.write(step + 1, {"loss": 0.5})
+    assert made == [(str(tmp_path / "tensorboard"), step + 1), ("loss", 0.5, step + 1), ("close",)]
 
 
 def test_other_versions_are_told(packed, tmp_path, monkeypatch, caplog):
