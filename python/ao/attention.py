@@ -106,7 +106,8 @@ def document_attention(
         )
     if dropout or kwargs.get("s_aux") is not None or getattr(module, "is_causal", True) is False:
         raise RuntimeError(
-            f"{IMPLEMENTATION}: attention dropout, sinks and bidirectional attention are not implemented"
+            f"{IMPLEMENTATION}: attention dropout, sinks and bidirectional attention are not implemented; set "
+            '`attention = "stock"` under [model] for the model\'s own attention'
         )
     if query.shape[2] != documents.slots_T.shape[0] or key.shape[2] != query.shape[2]:
         raise RuntimeError(

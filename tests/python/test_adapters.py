@@ -11,11 +11,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ao.models import adapters
 from ao.models import arch as archs
-from ao.models.adapters import add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
-from conftest import sequences, small_model
+from ao.models.adapters import _taken, add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
+from conftest import FAMILIES, SMALL, sequences, small_model
 
 
 def trained(folder):
@@ -112,6 +113,50 @@ def test_dropout_drops_its_share(p):
     # Neighbours come from one draw, and are independent all the same.
     neighbours = mask.flatten()[:-1] & mask.flatten()[1:]
     assert abs(neighbours.float().mean() - keep**2) < 8 * (p / x.numel()) ** 0.5
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"layers_block_type": ["mamba", "attention", "mlp", "mamba"], "mamba_num_heads": 4, "mamba_head_dim": 16}
+REFUSED = {
+    "qwen3_next": (
+        {**FAMILIES["qwen3_next"], **EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 16},
+        {"mlp.shared_expert.down_proj", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"}
+        | {"mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"},
+    ),
+    "nemotron_h": ({**SMALL, **MAMBA, "ssm_state_size": 16, "n_groups": 2}, {"mixer.out_proj"}),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_peft_refuses_is_left_out_and_named(family, caplog, tmp_path):
+    settings, refused = REFUSED[family]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+    names = archs.linears(archs.find(model))
+    expected = {name for name in names if not any(name.endswith(f".{kind}") for kind in refused)}
+    state = torch.get_rng_state()
+    assert set(_taken(model, names)) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    peft = add_adapter(model, rank=2, alpha=4, dropout=0.0)
+    assert f"these stay as they are: {sorted(refused)}" in caplog.text
+    assert lean_forward(peft) == len(expected)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapter(peft, tmp_path, base="small", ao_config={"schema_version": 1})
+    for read in (load_adapter, PeftModel.from_pretrained):
+        bare = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+        read(bare, tmp_path)
+        found = {name: module for name, module in bare.named_modules() if isinstance(module, LoraLayer)}
+        assert set(found) == expected
+        for name, module in found.items():
+            (weight,) = (up.weight for up in module.lora_B.values())
+            assert torch.equal(weight, model.get_submodule(name).lora_B["oracle"].weight)
+
+
+def test_blocks_without_linears_are_refused():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](vocab_size=97, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: none of the 0 linears .* can be adapted"):
+        add_adapter(model, rank=2, alpha=4, dropout=0.0)
 
 
 PREFIXES = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ao.attention import Documents, packed_rows
+from ao.attention import Documents, document_attention, packed_rows
 from ao.batch import lay_out, layout, rows_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target
@@ -62,6 +62,12 @@ def test_packed_attention_refuses_rows_without_documents(gemma, rng):
     with packed_rows(gemma), pytest.raises(RuntimeError, match="documents=False"):
         gemma(input_ids=ids, use_cache=False)
     gemma(input_ids=ids, use_cache=False)
+
+
+def test_attention_that_is_not_implemented_names_the_remedy():
+    states, documents = torch.ones(1, 1, 3, 8), Documents.of([3], torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r'sinks .* not implemented; set `attention = "stock"` under \[model\]'):
+        document_attention(torch.nn.Module(), *[states] * 3, None, documents=documents, s_aux=torch.ones(1))
 
 
 def test_layer_k_is_hidden_states_k_plus_1(gemma, rng):

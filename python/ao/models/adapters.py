@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from transformers import PreTrainedModel
 from ao.manifest import canonical_json, read_manifest, write_atomic
 from ao.models import arch
 
+log = logging.getLogger(__name__)
+
 NAME = "oracle"
 """Name of the oracle's adapter on the base."""
 
@@ -29,12 +33,60 @@ _KEY = re.compile(r"layers\.(?P<tail>\d+\..+)\.(?P<part>lora_A|lora_B)(\.[a-z_]+
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> PeftModel:
-    """Put a new LoRA on every linear of the blocks; B is zero, so the output is the base's at first."""
+    """Put a new LoRA on every linear of the blocks that PEFT takes; B is zero, so the output is the base's at first.
+
+    PEFT refuses some by name: what lies behind a state-space mixer, and dense and shared experts beside fused ones. These
+    are left out, with a warning.
+
+    Raises:
+        ValueError: the blocks have no linear that can be adapted.
+    """
     names = arch.linears(arch.find(model))
+    taken = _taken(model, names)
+    if refused := sorted(set(names) - set(taken)):
+        kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in refused})
+        log.warning(
+            "PEFT adapts %d of the blocks' %d linears; these stay as they are: %s", len(taken), len(names), kinds
+        )
+    if not taken:
+        raise ValueError(
+            f"{type(model).__name__}: none of the {len(names)} linears (nn.Linear) of its blocks can be adapted; LoRA goes "
+            "on linears alone, so name a model whose blocks are made of them"
+        )
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=taken, bias="none", task_type="CAUSAL_LM"
     )
-    return _wrap(model, config, names)
+    return _wrap(model, config, taken)
+
+
+def _taken(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those of the linears that PEFT adapts, found on a model without weights: where it refuses one, it has changed others."""
+    # It refuses linears only beside fused experts or convolutions; a trial of a large model takes some seconds.
+    if all(parameter.ndim <= 2 for parameter in arch.find(model).layers.parameters()):
+        return names
+    if len(_trial(model, names)) == len(names):
+        return names
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    taken = {name for kind in kinds.values() for name in _trial(model, kind)}
+    return [name for name in names if name in taken]
+
+
+def _trial(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """Those of the linears that PEFT adapts when asked for just these; none where it raises."""
+    if not names:
+        return set()
+    # What is drawn here must not move what is drawn later.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bare: Any = type(model)(copy.deepcopy(model.config))
+        try:
+            get_peft_model(bare, LoraConfig(target_modules=names), adapter_name=NAME)
+        except ValueError:
+            return set()
+    adapted = {name for name, module in bare.named_modules() if isinstance(module, LoraLayer)}
+    return adapted & set(names)
 
 
 def lean_forward(peft: nn.Module) -> int:
@@ -215,8 +267,12 @@ def save_adapter(peft: PeftModel, folder: str | Path, *, base: str, ao_config: d
     # Without its contract an adapter is refused, so a crash in between cannot leave new weights under an old one.
     (folder / "ao_config.json").unlink(missing_ok=True)
     write_atomic(folder / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+    write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True, default=_plain) + "\n")
     write_atomic(folder / "ao_config.json", json.dumps(json.loads(canonical_json(ao_config)), indent=2) + "\n")
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 @contextmanager
@@ -284,7 +340,10 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> PeftM
         # PEFT asks for a property that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft = get_peft_model(model, config, adapter_name=NAME)
-    adapted = sum(isinstance(module, LoraLayer) for module in peft.modules())
-    if adapted != len(names):
-        raise ValueError(f"LoRA was to go on {len(names)} linears, but PEFT put it on {adapted}")
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if adapted != set(names):
+        raise ValueError(
+            f"LoRA was to go on {len(names)} linears of {type(model).__name__}, but PEFT put it on {len(adapted)}; "
+            f"without it: {sorted(set(names) - adapted)[:3]}, beside them: {sorted(adapted - set(names))[:3]}"
+        )
     return peft
