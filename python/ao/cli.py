@@ -88,7 +88,7 @@ class Inspect:
 class Plan(PlanOptions):
     """Show how full rows of some token budgets would be, or write the plan of one epoch.
 
-    Exits with 1 where no budget is possible: each is less than the longest datapoint has.
+    Exits with 1 where no budget is possible: each is less than the longest datapoint has, or no step is filled.
     """
 
     packed: tyro.conf.Positional[Path]
@@ -354,7 +354,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
             if short:
                 print(f"gain below {command.fail_under}: {', '.join(short)}", file=sys.stderr)
                 raise SystemExit(1)
-        if isinstance(command, Plan) and all(budget["plan"] is None for budget in result["budgets"]):
+        if isinstance(command, Plan) and not any(each["plan"] and each["plan"]["steps"] for each in result["budgets"]):
             raise SystemExit(1)
         if isinstance(command, Inspect) and not result.get("ok", True):
             raise SystemExit(1)

@@ -391,6 +391,9 @@ class PlanOptions:
         for name in ("seed", "epoch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"plan: {name} must not be negative, got {getattr(self, name)}")
+        for name in ("window", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"plan: {name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ SAMPLES, SAMPLE_BYTES = 256, 4096
 """Pieces of a large file of weights that are looked at, evenly spread, and their size."""
 
 
-_OWN_DIGEST = rb"""sha256\":\""""
+_OWN_DIGEST = rb"""\"sha256\":\""""
 """What stands before a file's own digest: JSON in the JSON of its header."""
 
 
@@ -72,9 +72,8 @@ def with_own_digest(data: bytes) -> bytes:
     return data.replace(_OWN_DIGEST + b"0" * 64, _OWN_DIGEST + hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def own_digest_problem(path: str | Path) -> str | None:
+def own_digest_problem(path: str | Path, *, remedy: str) -> str | None:
     """What is wrong with a file that `with_own_digest` made, every byte looked at; nothing where it is whole."""
-    remedy = "remove it and run the same ao collect again"
     try:
         header = _safetensors_header(Path(path))
     except ValueError as error:

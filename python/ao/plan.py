@@ -13,19 +13,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Lt
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from typing_extensions import TypedDict
 
 from ao import _ao
 from ao.config import PlanOptions
-from ao.manifest import canonical_json, write_atomic
+from ao.manifest import canonical_json, own_digest_problem, with_own_digest, write_atomic
 from ao.shards import PackedDataset, Part
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the file; others are refused."""
+
+_REMEDY = "make it again with ao plan"
 
 _ARRAYS = {
     "order": np.int32,
@@ -41,6 +46,8 @@ _ARRAYS = {
 class PlanSettings(PlanOptions):
     """What a plan is made for."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+
     tokens_per_row: int
     """Token budget of a row, which is one forward pass."""
 
@@ -48,6 +55,26 @@ class PlanSettings(PlanOptions):
         super().__post_init__()
         if self.tokens_per_row < 1:
             raise ValueError(f"plan: tokens_per_row must be positive, got {self.tokens_per_row}")
+
+
+class _Data(TypedDict):
+    manifest_sha256: str
+    datapoints: Annotated[int, Ge(0), Lt(2**31)]
+
+
+class _ContextTokens(TypedDict):
+    alone: Annotated[int, Ge(0)]
+    in_ranks: Annotated[int, Ge(0)]
+    in_windows: Annotated[int, Ge(0)]
+    at_all: Annotated[int, Ge(0)]
+
+
+class _Described(TypedDict):
+    """What the file says of the plan."""
+
+    settings: PlanSettings
+    data: _Data
+    context_tokens: _ContextTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +219,10 @@ class Plan:
             "settings": asdict(self.settings),
             "data": {"manifest_sha256": self.data_sha256, "datapoints": self.num_datapoints},
             "context_tokens": self.context_tokens,
+            "sha256": "0" * 64,
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        write_atomic(path, save(arrays, metadata={"ao": canonical_json(described)}))
+        write_atomic(path, with_own_digest(save(arrays, metadata={"ao": canonical_json(described)})))
 
     @classmethod
     def load(cls, path: str | Path, data: PackedDataset | None = None) -> Plan:
@@ -209,24 +237,32 @@ class Plan:
             raise FileNotFoundError(f"{path}: no such plan; make one with ao plan")
         try:
             with safe_open(path, framework="numpy") as file:
-                described = json.loads((file.metadata() or {}).get("ao", "null"))
+                text = (file.metadata() or {}).get("ao", "null")
+                described = json.loads(text)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: not a plan: {error}; make it again with ao plan") from None
+            raise ValueError(f"{path}: not a plan: {error}; {_REMEDY}") from None
         found = (described.get("kind"), described.get("schema")) if isinstance(described, dict) else (None, None)
         if found != ("plan", SCHEMA):
             raise ValueError(
-                f"{path}: expected a plan of schema {SCHEMA}, got kind {found[0]!r}, schema {found[1]!r}; make it again "
-                "with ao plan"
+                f"{path}: expected a plan of schema {SCHEMA}, got kind {found[0]!r}, schema {found[1]!r}; {_REMEDY}"
             )
+        if problem := own_digest_problem(path, remedy=_REMEDY):
+            raise ValueError(problem)
         try:
-            settings, of = PlanSettings(**described["settings"]), described["data"]
-            fields = (settings, of["manifest_sha256"], of["datapoints"], described["context_tokens"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: damaged: its metadata lack something: {error}; make it again with ao plan"
-            ) from None
-        plan = cls(*fields, **_checked(path, arrays, of["datapoints"]))
+            checked = TypeAdapter(_Described).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: damaged: its metadata at {where}: {first['msg']}; {_REMEDY}") from None
+        settings, of = checked["settings"], checked["data"]
+        plan = cls(
+            settings=settings,
+            data_sha256=of["manifest_sha256"],
+            num_datapoints=of["datapoints"],
+            context_tokens=described["context_tokens"],
+            **_checked(path, arrays, num_datapoints=of["datapoints"], ranks=settings.ranks),
+        )
         if data is not None:
             plan.require(data)
         return plan
@@ -244,12 +280,12 @@ class Plan:
             )
 
 
-def _checked(path: Path, arrays: dict[str, np.ndarray], num_datapoints: int) -> dict[str, np.ndarray]:
+def _checked(path: Path, arrays: dict[str, np.ndarray], *, num_datapoints: int, ranks: int) -> dict[str, np.ndarray]:
     """The arrays of a file, after making sure that following them cannot go wrong."""
 
     def require(what: str, holds: object) -> None:
         if not holds:
-            raise ValueError(f"{path}: damaged: {what}; make it again with ao plan")
+            raise ValueError(f"{path}: damaged: {what}; {_REMEDY}")
 
     for name, dtype in _ARRAYS.items():
         require(f"the array {name!r} is missing", name in arrays)
@@ -267,6 +303,10 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], num_datapoints: int) -> 
         require(
             f"{name!r} has {len(arrays[name])} entries for {len(rows) - 1} rows", len(arrays[name]) == len(rows) - 1
         )
+    of_ranks = arrays["row_ranks"]
+    require(f"'row_ranks' is not made of numbers below {ranks}", ((of_ranks >= 0) & (of_ranks < ranks)).all())
+    for name in ("row_tokens", "row_context_tokens"):
+        require(f"{name!r} has a row without tokens", (arrays[name] > 0).all())
     return {name: arrays[name] for name in _ARRAYS}
 
 
@@ -303,6 +343,9 @@ def table(budgets: Sequence[dict[str, Any]]) -> str:
         if plan is None:
             lines.append(f"{start} impossible: {budget['longer']} datapoints are longer than a row")
             continue
+        if not plan["steps"]:
+            lines.append(f"{start} impossible: {plan['left_out']} datapoints do not fill one step")
+            continue
         shared = plan["sharing"]["in_windows"]
         lines.append(
             f"{start} {plan['rows']:>9} {plan['steps']:>9} {100 * plan['fill']:>7.2f} {plan['left_out']:>9} {shared:>7.2f}x"
@@ -319,7 +362,7 @@ def command(
         {"budgets": as `compare` gives them, "out": the file or None}.
 
     Raises:
-        ValueError: a setting cannot be used, or a plan is to be written and there is not one budget.
+        ValueError: a setting cannot be used, or a plan is to be written and there is not one budget, or not one step.
     """
     if not budgets or (out is not None and len(budgets) > 1):
         raise ValueError(
@@ -331,6 +374,11 @@ def command(
         found = compare(data, chosen, budgets)
     else:
         plan = Plan.make(data, chosen)
+        if not len(plan):
+            raise ValueError(
+                f"plan: {packed} holds {len(data)} datapoints with {int(data.lengths.sum())} tokens, which do not fill one "
+                "step; lower --examples-per-step, --tokens-per-step or --tokens-per-row"
+            )
         plan.save(out)
         num_longer = len(longer(data, chosen))
         found = [{"tokens_per_row": budgets[0], "longer": num_longer, "plan": plan.statistics()}]

@@ -16,6 +16,8 @@ import tiny
 from ao._ao import AoError, pack_rows, plan
 from ao.cli import main
 from ao.config import parse_recipe
+from ao.inspection import inspect, text
+from ao.manifest import canonical_json, with_own_digest
 from ao.pack import pack
 from ao.plan import Plan, PlanSettings, compare
 from ao.shards import PackedDataset
@@ -207,12 +209,15 @@ def test_a_plan_for_other_data_is_refused(packed: Path, data: PackedDataset, tmp
         Plan.load(tmp_path / "plan.safetensors").for_ranks(opened, 1)
 
 
-def damaged(path: Path, **changes: np.ndarray | None) -> None:
-    """Replace arrays of a plan, or leave them out."""
+def damaged(path: Path, **changes: np.ndarray | dict[str, Any] | None) -> None:
+    """Replace arrays of a plan or objects of its metadata, or leave arrays out, and give it the digest that it then has."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    arrays = {name: array for name, array in {**load(content), **changes}.items() if array is not None}
-    path.write_bytes(save(arrays, metadata=header["__metadata__"]))
+    described = {**json.loads(header["__metadata__"]["ao"]), "sha256": "0" * 64}
+    described |= {name: value for name, value in changes.items() if isinstance(value, dict)}
+    arrays = {**load(content), **{name: value for name, value in changes.items() if not isinstance(value, dict)}}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    path.write_bytes(with_own_digest(save(arrays, metadata={"ao": canonical_json(described)})))
 
 
 @pytest.mark.parametrize(
@@ -223,17 +228,62 @@ def damaged(path: Path, **changes: np.ndarray | None) -> None:
         ({"row_offsets": np.array([0, 5], np.int64)}, "'row_offsets' does not rise"),
         ({"step_offsets": np.array([], np.int64)}, "'step_offsets' does not rise"),
         ({"row_tokens": np.zeros(1, np.int32)}, "'row_tokens' has 1 entries"),
+        ({"context_tokens": {"alone": None}}, "metadata at context_tokens.alone: Input should be a valid integer"),
+        (
+            {"data": {"manifest_sha256": "x", "datapoints": "450"}},
+            "metadata at data.datapoints: Input should be a valid",
+        ),
+        ({"data": {}}, "metadata at data.manifest_sha256: Field required"),
+        ({"settings": {"tokens_per_row": 9, "window": "x"}}, "metadata at settings.window: Input should be a valid"),
+        ({"settings": {"tokens_per_row": 9, "window": 0}}, "metadata at settings: .*window must be positive, got 0"),
+        ({"settings": {"tokens_per_row": 9, "ranks": 0}}, "metadata at settings: .*ranks must be positive, got 0"),
+        ({"settings": {"tokens_per_row": 9, "cranks": 1}}, "metadata at settings.cranks: "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_a_damaged_plan_is_refused(
-    changes: dict[str, np.ndarray | None], problem: str, data: PackedDataset, tmp_path: Path
-) -> None:
+def test_a_damaged_plan_is_refused(changes: dict[str, Any], problem: str, data: PackedDataset, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"
     Plan.make(data, ROWS).save(path)
     damaged(path, **changes)
     with pytest.raises(ValueError, match=problem):
         Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("row_ranks", 1, "'row_ranks' is not made of numbers below 1"),
+        ("row_ranks", -1, "'row_ranks' is not made of numbers below 1"),
+        ("row_tokens", 0, "'row_tokens' has a row without tokens"),
+        ("row_context_tokens", -7, "'row_context_tokens' has a row without tokens"),
+    ],
+)
+def test_rows_that_no_plan_has_are_refused(
+    name: str, value: int, problem: str, data: PackedDataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.safetensors"
+    made = Plan.make(data, ROWS)
+    made.save(path)
+    changed = getattr(made, name).copy()
+    changed[3] = value
+    damaged(path, **{name: changed})
+    with pytest.raises(ValueError, match=problem):
+        Plan.load(path)
+
+
+def test_every_flipped_bit_of_a_plan_is_found(data: PackedDataset, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    Plan.make(data, replace(EXAMPLES, ranks=2)).save(path)
+    whole = path.read_bytes()
+    assert inspect(path, check=True)["ok"]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(0, header, 7), *range(header, len(whole), 97)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"plan\.safetensors"):
+            Plan.load(path)
+    result = inspect(path, check=True)
+    assert (result["ok"], result["checked"]["steps"]) == (False, 0)
+    assert "plan.safetensors: damaged: it has sha256" in text(result)
 
 
 @pytest.mark.parametrize("wrong", [-1, 450, None])
@@ -251,9 +301,9 @@ def test_an_order_that_leads_nowhere_is_refused(wrong: int | None, data: PackedD
 def test_metadata_that_lack_something_are_refused(data: PackedDataset, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"
     Plan.make(data, ROWS).save(path)
-    described = {"kind": "plan", "schema": 1, "settings": {"tokens_per_row": 3}}
+    described = {"kind": "plan", "schema": 2, "settings": {"tokens_per_row": 3}}
     path.write_bytes(save(load(path.read_bytes()), metadata={"ao": json.dumps(described)}))
-    with pytest.raises(ValueError, match="damaged: its metadata lack something: 'data'"):
+    with pytest.raises(ValueError, match="its header has no sha256; make it again with ao plan"):
         Plan.load(path)
 
 
@@ -263,7 +313,7 @@ def test_other_files_are_no_plans(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a plan")
     with pytest.raises(ValueError, match="text: not a plan"):
         Plan.load(tmp_path / "text")
-    with pytest.raises(ValueError, match="expected a plan of schema 1, got kind None"):
+    with pytest.raises(ValueError, match="expected a plan of schema 2, got kind None"):
         Plan.load(next(packed.glob("shard-*.safetensors")))
 
 
@@ -295,11 +345,18 @@ def test_the_command_compares_and_writes(packed: Path, tmp_path: Path, capsys: p
         (["--tokens-per-row", "512", "0"], 2, "tokens_per_row must be positive, got 0"),
         (["--epoch", "-1"], 2, "plan: epoch must not be negative, got -1"),
         (["--tokens-per-row", "8", "9"], 1, "impossible"),
+        (["--examples-per-step", "451"], 1, "16384 impossible: 450 datapoints do not fill one step"),
+        (
+            ["--examples-per-step", "451", "--tokens-per-row", "512", "--out", str(tmp_path / "none")],
+            2,
+            "holds 450 datapoints with",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["plan", str(packed), *flags])
         assert stop.value.code == code
         assert words in " ".join("".join(capsys.readouterr()).split())
+    assert not (tmp_path / "none").exists()
 
 
 # --- the extension ---------------------------------------------------------------------------------------------------

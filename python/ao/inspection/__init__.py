@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, build_problems, verify
 from ao.manifest import own_digest_problem
+from ao.plan import Plan
 from ao.prompt import framer, vocabulary_size
 from ao.shards import PackedDataset
 from ao.summary import added_up, many, printable, summarized, summary_lines
@@ -91,13 +93,14 @@ def _inspected(
         return {**result, **_activations(found, check=check, plot=plot)}
     if found.kind == "plain" and check:
         return {**result, "notes": [], **_plain_verified(found.path)}
+    if found.kind == "plan" and check:
+        return {**result, **_plan_verified(found.path)}
     if not found.is_data:
         if rows or ids or check or plot:
-            also = {"activations": "--row and --id", "plain": "--row, --id and --plot"}.get(
-                found.kind, "--row, --id, --verify and --plot"
-            )
+            checked = dict.fromkeys(("plain", "plan"), "--row, --id and --plot")
+            also = {"activations": "--row and --id", **checked}.get(found.kind, "--row, --id, --verify and --plot")
             raise ValueError(f"{found.path}: {found.what}, without datapoints; {also} are for packed data sets")
-        return {**result, **found.content}
+        return {**result, **(_plan(found.path) if found.kind == "plan" else found.content)}
     if check:
         return {**result, **_verified(found, model, progress=progress)}
     if rows or ids:
@@ -129,8 +132,27 @@ def _activations(found: Found, *, check: bool, plot: Path | None) -> dict[str, A
 def _plain_verified(path: Path) -> dict[str, Any]:
     """A plain file, or all of a folder, each checked against its own digest."""
     files = [path] if path.is_file() else sorted(path.glob(PLAIN))
-    problems = [problem for file in files if (problem := own_digest_problem(file))]
+    remedy = "remove it and run the same ao collect again"
+    problems = [problem for file in files if (problem := own_digest_problem(file, remedy=remedy))]
     return {"ok": not problems, "problems": problems, "checked": {"files": len(files)}}
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    """What a plan was made for, and its statistics."""
+    plan = Plan.load(path)
+    data = {"manifest_sha256": plan.data_sha256, "datapoints": plan.num_datapoints}
+    return {"settings": asdict(plan.settings), "data": data, "plan": plan.statistics()}
+
+
+def _plan_verified(path: Path) -> dict[str, Any]:
+    """A plan, checked against its own digest and for what its arrays must be."""
+    problems, checked = [], dict.fromkeys(("steps", "rows", "datapoints"), 0)
+    try:
+        statistics = Plan.load(path).statistics()
+        checked = {name: statistics[name] for name in checked}
+    except ValueError as error:
+        problems = [str(error)]
+    return {"ok": not problems, "problems": problems, "checked": checked}
 
 
 def text(result: Mapping[str, Any], *, color: bool = False) -> str:

@@ -113,11 +113,7 @@ def _file(path: Path) -> Found:
     if "contract" in metadata:
         raise ValueError(f"{path}: a file of an activation cache; inspect its folder, {path.parent}")
     if metadata.get("kind") == "plan":
-        from ao.plan import Plan
-
-        plan = Plan.load(path)
-        made_for = {"settings": metadata["settings"], "data": metadata["data"], "plan": plan.statistics()}
-        return Found("plan", path, content=made_for)
+        return Found("plan", path)
     return Found("shard", path)
 
 
