@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from ao._ao import ActivationWriter
-from ao.cache import PLAIN, ActivationCache
+from ao.cache import ActivationCache, plain_name
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, with_own_digest, write_atomic
 from ao.residuals import ROW_TYPES
@@ -69,7 +69,7 @@ class PlainSink(Sink):
     def __init__(
         self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
     ) -> None:
-        self._path, self._unit = out / f"{run}-{number:05d}{PLAIN.removeprefix('*')}", unit
+        self._path, self._unit = out / plain_name(run, number), unit
         layers, counts = np.unique(unit.wanted.layers, return_counts=True)
         about = {
             "kind": "plain_activations",
