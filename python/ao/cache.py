@@ -23,7 +23,7 @@ import numpy as np
 from ao import _ao
 from ao.config import ModelConfig
 from ao.manifest import adapter_fingerprint, canonical_json, read_manifest, require_match, write_atomic
-from ao.prompt import framer, identity, target_of
+from ao.prompt import framer, identity, model_folder, target_of
 
 SCHEMA = 1
 """Version of manifest, indexes and headers."""
@@ -50,7 +50,8 @@ def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[s
     name, revision = target_of(model)
     return {
         **identity(name, revision, framer=framer(name, revision)),
-        "revision": revision,
+        # The commit: a branch, or none, names another one tomorrow.
+        "revision": None if name == "demo" or Path(name).is_dir() else model_folder(name, revision).name,
         # Dequantized values are the same numbers.
         "precision": model.precision.removesuffix("-dequantized"),
         "adapter": None if adapter is None else adapter_fingerprint(adapter),
@@ -155,6 +156,10 @@ class CachedLayer:
         self._units = [unit for unit in units if layer in unit.rows]
         self._starts = np.cumsum([0, *(unit.rows[layer] for unit in self._units)])
         self._views: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is open cannot be sent to another process, and keys are faster sorted there than sent.
+        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_keys")} | {"_views": {}}
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import shlex
@@ -22,8 +23,10 @@ import xxhash
 
 import small_disk
 from ao import _ao
-from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, norm_statistics, verify
+from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, contract_of, norm_statistics, verify
+from ao.config import ModelConfig
 from ao.manifest import canonical_json
+from ao.prompt import model_folder
 from mixture import files
 
 KILLS = int(os.environ.get("AO_KILLS", "4"))
@@ -149,6 +152,17 @@ def test_gathering_equals_indexing(cache: tuple[CachedLayer, np.ndarray], mode: 
         assert layer.gather(wanted.astype(np.int32), tensor, mode=mode) is tensor
         assert np.array_equal(tensor.numpy(), rows[wanted])
         layer.prefetch(wanted)
+
+
+def test_a_cache_that_was_read_goes_to_other_processes(cache: tuple[CachedLayer, np.ndarray]) -> None:
+    layer, rows = cache
+    layer.gather(np.array([3]))
+    layer.find(some_keys(1))
+    assert layer[0].shape == (WIDTH,)
+    sent = pickle.loads(pickle.dumps(layer))
+    assert np.array_equal(sent.gather(np.arange(15)), rows)
+    assert np.array_equal(sent[:5], layer[:5])
+    assert sent.find(some_keys(5)).tolist() == layer.find(some_keys(5)).tolist() == list(range(5))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -331,6 +345,20 @@ def test_units_of_other_targets_are_refused(tmp_path: Path) -> None:
             ActivationCache.open(tmp_path)
         for path in tmp_path.glob(f"s{run}-*"):
             path.unlink()
+
+
+def test_a_contract_names_the_commit_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, commit = tmp_path / "models--acme--tiny", "1" * 40
+    shutil.copytree(model_folder("demo"), hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    contracts = [contract_of(ModelConfig(name="acme/tiny", revision=revision)) for revision in (None, "main", commit)]
+    assert contracts[0]["revision"] == commit
+    assert contracts[0] == contracts[1] == contracts[2]
+    assert contract_of(ModelConfig(name="demo"))["revision"] is None
+    assert contract_of(ModelConfig(name=str(hub / "snapshots" / commit)))["revision"] is None
 
 
 def test_norm_statistics_are_numpys(tmp_path: Path) -> None:

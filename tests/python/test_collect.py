@@ -324,6 +324,9 @@ def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Modul
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected an object with text or messages"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fine"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected .*, got '.*' \(.*can't decode byte 0xff"):
+        wanted.units(recipe, texts=tmp_path / "texts.jsonl")
     (tmp_path / "texts.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"texts\.jsonl: no contexts; expected one object"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl")
