@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ao import _ao
 from ao.config import ModelConfig
 from ao.manifest import adapter_fingerprint, canonical_json, read_manifest, require_match, write_atomic
-from ao.prompt import framer, identity, target_of
+from ao.prompt import framer, identity, model_folder, target_of
 
 SCHEMA = 1
 """Version of manifest, indexes and headers."""
@@ -40,6 +41,7 @@ KEPT_MAPPED = 64
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """Of the norms of a layer, in the manifest."""
 
+_FILE = re.compile(r"([0-9a-f]{16})-(\d{5,})(?:-L\d{3,}|\.(index|plain))\.safetensors")
 _NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
 
 Mode = Literal["auto", "warm", "hinted", "direct"]
@@ -50,7 +52,8 @@ def contract_of(model: ModelConfig, adapter: str | Path | None = None) -> dict[s
     name, revision = target_of(model)
     return {
         **identity(name, revision, framer=framer(name, revision)),
-        "revision": revision,
+        # The commit: a branch, or none, names another one tomorrow.
+        "revision": None if name == "demo" or Path(name).is_dir() else model_folder(name, revision).name,
         # Dequantized values are the same numbers.
         "precision": model.precision.removesuffix("-dequantized"),
         "adapter": None if adapter is None else adapter_fingerprint(adapter),
@@ -76,6 +79,36 @@ def context_keys(context_ids: np.ndarray) -> np.ndarray:
     return np.frombuffer(_ao.context_keys(ids), dtype=np.uint64).reshape(-1, 2)
 
 
+class UnitFile(NamedTuple):
+    """What the name of a unit's file says."""
+
+    run: str
+    unit: int
+    kind: str
+    """rows, index or plain."""
+
+    @classmethod
+    def named(cls, name: str) -> UnitFile | None:
+        """Read the name of a file that `ao collect` wrote; other files give nothing."""
+        match = _FILE.fullmatch(name)
+        return match and cls(match[1], int(match[2]), match[3] or "rows")
+
+
+def rows_name(run: str, unit: int, layer: int) -> str:
+    """Name of the file of a layer's rows."""
+    return f"{run}-{unit:05d}-L{layer:03d}.safetensors"
+
+
+def index_name(run: str, unit: int) -> str:
+    """Name of a unit's index."""
+    return f"{run}-{unit:05d}{INDEX.removeprefix('*')}"
+
+
+def plain_name(run: str, unit: int) -> str:
+    """Name of a unit's plain file."""
+    return f"{run}-{unit:05d}{PLAIN.removeprefix('*')}"
+
+
 class _Unit:
     """One index, its header read."""
 
@@ -89,7 +122,11 @@ class _Unit:
         return {int(layer): count for layer, count in self.about["rows"].items() if count}
 
     def file(self, layer: int) -> Path:
-        return self.path.with_name(f"{self.about['run']}-{self.about['unit']:05d}-L{layer:03d}.safetensors")
+        return self.path.with_name(rows_name(self.about["run"], self.about["unit"], layer))
+
+    def require_files(self) -> None:
+        for layer, rows in self.rows.items():
+            _open_rows([self.file(layer)], rows, layer=layer, dtype=self.about["dtype"], width=self.about["width"])
 
     def array(self, name: str, layer: int) -> np.ndarray:
         # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
@@ -97,6 +134,16 @@ class _Unit:
             if found == f"{name}.{layer}":
                 return np.fromfile(self.path, _NUMPY[dtype], count=shape[0], offset=offset)
         raise KeyError(f"{self.path}: no array {name}.{layer}")
+
+
+def _open_rows(paths: list[Path], rows: int, *, layer: int, dtype: str, width: int) -> _ao.ActivationReader:
+    reader = _ao.ActivationReader(paths, dtype=dtype, width=width)
+    if len(reader) != rows:
+        raise ValueError(
+            f"{paths[0].parent}: layer {layer}: the files hold {len(reader)} rows, their indexes list {rows}; ao inspect "
+            "--verify names what is damaged"
+        )
+    return reader
 
 
 class CachedLayer:
@@ -111,6 +158,10 @@ class CachedLayer:
         self._units = [unit for unit in units if layer in unit.rows]
         self._starts = np.cumsum([0, *(unit.rows[layer] for unit in self._units)])
         self._views: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is open cannot be sent to another process, and keys are faster sorted there than sent.
+        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_keys")} | {"_views": {}}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -157,13 +208,7 @@ class CachedLayer:
     @cached_property
     def _reader(self) -> _ao.ActivationReader:
         paths = [unit.file(self.layer) for unit in self._units]
-        reader = _ao.ActivationReader(paths, dtype=self.dtype, width=self.width)
-        if len(reader) != len(self):
-            raise ValueError(
-                f"layer {self.layer}: the files hold {len(reader)} rows, their indexes list {len(self)}; ao inspect --verify "
-                "names what is damaged"
-            )
-        return reader
+        return _open_rows(paths, len(self), layer=self.layer, dtype=self.dtype, width=self.width)
 
     def require_files(self) -> None:
         """Refuse files that are missing, cut, or another's; their rows are not read.
@@ -340,8 +385,10 @@ class ActivationCache:
             ValueError: an index is damaged, units differ in what they hold, or the contract does not match.
         """
         folder = Path(path)
-        number = "*" if unit is None else f"-{unit:05d}"
-        indexes = sorted(folder.glob(f"{run or ''}{number}{INDEX.removeprefix('*')}"))
+        if unit is None:
+            indexes = sorted(folder.glob(INDEX if run is None else f"{run}-{INDEX}"))
+        else:
+            indexes = sorted(folder.glob(index_name(run or "*", unit)))
         if without is not None:
             indexes = [index for index in indexes if not index.name.startswith(f"{without}-")]
         if not indexes:
@@ -355,6 +402,17 @@ class ActivationCache:
                 remedy="collect the other target's activations into another folder",
             )
         return cache
+
+    def split_damaged(self) -> tuple[ActivationCache | None, dict[Path, str]]:
+        """The units whose files are there and fit, if any, and the indexes of the others with what is wrong with each."""
+        whole, damaged = [], dict[Path, str]()
+        for unit in self.units:
+            try:
+                unit.require_files()
+                whole.append(unit)
+            except (ValueError, OSError) as error:
+                damaged[unit.path] = str(error)
+        return ActivationCache(self.folder, whole) if whole else None, damaged
 
     @property
     def layers(self) -> list[int]:
@@ -435,14 +493,36 @@ def norm_statistics(norms: np.ndarray) -> dict[str, Any]:
     return statistics
 
 
-def verify(path: str | Path) -> list[str]:
+def unlisted(path: str | Path) -> list[Path]:
+    """Files of rows that no index lists: they are about to get theirs, or their writer was killed before it wrote it."""
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors"))
+    rows = {file.name: file for file in files if (of := UnitFile.named(file.name)) and of.kind == "rows"}
+    for index in folder.glob(INDEX):
+        try:
+            unit = _Unit(index)
+            listed = {unit.file(layer).name for layer in unit.rows}
+        except (ValueError, OSError):
+            # What it lists nobody can tell.
+            listed = {name for name in rows if name.startswith(f"{index.name.removesuffix(INDEX[1:])}-")}
+        rows = {name: file for name, file in rows.items() if name not in listed}
+    return list(rows.values())
+
+
+def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: None) -> list[str]:
     """Check every byte of a cache; returns what is wrong, a line each.
+
+    Args:
+        path: The folder.
+        step: Is told of each unit that is done, with a 1.
 
     Raises:
         FileNotFoundError: there is no unit.
     """
     folder = Path(path)
     problems = []
+    # Looked at again at the end, when the index of what was about to get one is there.
+    rows_before = unlisted(folder)
     indexes = sorted(folder.glob(INDEX))
     if not indexes:
         raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
@@ -451,6 +531,12 @@ def verify(path: str | Path) -> list[str]:
             _ao.verify_activations(index)
         except (ValueError, OSError) as error:
             problems.append(str(error))
+        step(1)
+    problems += [
+        f"{file}: no index lists its rows, so nobody reads them; run the same ao collect again, or remove it"
+        for file in unlisted(folder)
+        if file in rows_before
+    ]
     if (folder / "manifest.json").is_file():
         try:
             listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import shlex
@@ -22,8 +23,10 @@ import xxhash
 
 import small_disk
 from ao import _ao
-from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, norm_statistics, verify
+from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, contract_of, norm_statistics, verify
+from ao.config import ModelConfig
 from ao.manifest import canonical_json
+from ao.prompt import model_folder
 from mixture import files
 
 KILLS = int(os.environ.get("AO_KILLS", "4"))
@@ -151,6 +154,17 @@ def test_gathering_equals_indexing(cache: tuple[CachedLayer, np.ndarray], mode: 
         layer.prefetch(wanted)
 
 
+def test_a_cache_that_was_read_goes_to_other_processes(cache: tuple[CachedLayer, np.ndarray]) -> None:
+    layer, rows = cache
+    layer.gather(np.array([3]))
+    layer.find(some_keys(1))
+    assert layer[0].shape == (WIDTH,)
+    sent = pickle.loads(pickle.dumps(layer))
+    assert np.array_equal(sent.gather(np.arange(15)), rows)
+    assert np.array_equal(sent[:5], layer[:5])
+    assert sent.find(some_keys(5)).tolist() == layer.find(some_keys(5)).tolist() == list(range(5))
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_gathering_into_tensors_of_two_bytes(tmp_path: Path, dtype: str) -> None:
     rows = write_unit(tmp_path, 0, 4, dtype=dtype)
@@ -158,7 +172,9 @@ def test_gathering_into_tensors_of_two_bytes(tmp_path: Path, dtype: str) -> None
     tensor = torch.zeros(2, WIDTH, dtype=TORCH[dtype])
     layer.gather(np.array([3, 1]), tensor)
     assert np.array_equal(tensor.view(torch.int16).numpy().view("<u2"), rows[[3, 1]].view("<u2"))
-    with pytest.raises(ValueError, match=f"out: expected an array, or a CPU tensor of {TORCH[dtype]}, got torch.float32 on cpu"):
+    with pytest.raises(
+        ValueError, match=f"out: expected an array, or a CPU tensor of {TORCH[dtype]}, got torch.float32 on cpu"
+    ):
         layer.gather(np.array([3, 1]), torch.zeros(2, WIDTH))
 
 
@@ -179,7 +195,9 @@ def test_gathering_refuses_what_does_not_fit(cache: tuple[CachedLayer, np.ndarra
     for out in (np.zeros((1, WIDTH)), np.zeros((1, WIDTH), "<u4"), np.zeros((1, WIDTH), "<u2")):
         with pytest.raises(ValueError, match="out: expected float32 for F32"):
             layer.gather(one, out)
-    with pytest.raises(ValueError, match=r"out: expected an array, or a CPU tensor of torch\.float32, got torch\.bfloat16 on cpu"):
+    with pytest.raises(
+        ValueError, match=r"out: expected an array, or a CPU tensor of torch\.float32, got torch\.bfloat16 on cpu"
+    ):
         layer.gather(one, torch.zeros(1, WIDTH, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="out is not contiguous"):
         layer.gather(np.array([1, 2]), np.zeros((2, 2 * WIDTH), "<f4")[:, ::2])
@@ -331,6 +349,20 @@ def test_units_of_other_targets_are_refused(tmp_path: Path) -> None:
             ActivationCache.open(tmp_path)
         for path in tmp_path.glob(f"s{run}-*"):
             path.unlink()
+
+
+def test_a_contract_names_the_commit_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, commit = tmp_path / "models--acme--tiny", "1" * 40
+    shutil.copytree(model_folder("demo"), hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    contracts = [contract_of(ModelConfig(name="acme/tiny", revision=revision)) for revision in (None, "main", commit)]
+    assert contracts[0]["revision"] == commit
+    assert contracts[0] == contracts[1] == contracts[2]
+    assert contract_of(ModelConfig(name="demo"))["revision"] is None
+    assert contract_of(ModelConfig(name=str(hub / "snapshots" / commit)))["revision"] is None
 
 
 def test_norm_statistics_are_numpys(tmp_path: Path) -> None:

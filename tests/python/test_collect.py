@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,20 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from ao import cli
-from ao.cache import ActivationCache, context_keys, contract_of, verify
+from ao.cache import (
+    ActivationCache,
+    UnitFile,
+    context_keys,
+    contract_of,
+    index_name,
+    plain_name,
+    rows_name,
+    verify,
+)
 from ao.collect import run, sinks, wanted
 from ao.collect.handover import Handover
 from ao.collect.imported import import_tensor
-from ao.collect.missing import remaining
+from ao.collect.missing import cache_share, earlier_runs, remaining
 from ao.collect.run import Alike, Tally, collect, summary_text
 from ao.collect.sinks import Sink
 from ao.collect.wanted import Unit, Units, every_position, units_of
@@ -213,6 +223,71 @@ def test_a_unit_that_is_not_whole_is_collected_again(recipe: Recipe, tmp_path: P
     assert damage == "leaned on" or content(out) == before
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_rows_that_are_not_there_are_not_leaned_on(
+    recipe: Recipe, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, hello = tmp_path / "acts", wanted.units(recipe, prompt="Hello?")
+    first = collect(recipe.model, hello, out=out)
+    file = out / rows_name(first["run"], 0, LAYERS[0])
+    file.write_bytes(file.read_bytes()[:-5])
+    if damage == "missing":
+        file.unlink()
+    assert str(file) in text(inspect(out))
+    # Another run by its digest.
+    second = collect(recipe.model, hello, out=out, tokens_per_row=99)
+    assert second["rows"] == first["rows"]
+    assert any(str(file) in told and "counts as not collected" in told for told in caplog.messages)
+    assert verify(out) != []
+    # Nothing is left of the first run, so nothing of it stays.
+    assert collect(recipe.model, hello, out=out)["rows"] == 0
+    assert not list(out.glob(f"{first['run']}-*"))
+    assert verify(out) == []
+    ids = hello[0].contexts[0]
+    ActivationCache.open(out).vectors(ids, np.full(len(ids), LAYERS[0]), np.arange(len(ids)))
+
+
+def test_every_unit_is_some_ranks_whenever_it_looks(tmp_path: Path) -> None:
+    contexts = [np.arange(start, start + 10, dtype=np.int32) for start in (1, 50, 90)]
+    units = every_position(contexts, [1], unit_tokens=10)
+
+    def share(rank: int, old: Path) -> list[int]:
+        here = Ranks(rank=rank, world=2, device=torch.device("cpu"))
+        earlier = ActivationCache.open(old) if old.exists() else None
+        return list(cache_share(units, earlier, tmp_path, "f" * 16, here).numbers)
+
+    assert [share(rank, tmp_path / "none") for rank in range(2)] == [[0, 2], [1]]
+    # Another run finishes the first unit after the first rank has looked.
+    sink = sinks.CacheSink(tmp_path / "old", "0" * 16, 0, {"m": 1}, units[0], dtype="F32", width=4)
+    sink.append(1, np.arange(10), torch.ones(10), torch.ones(10, 4))
+    sink.finish()
+    assert [share(rank, tmp_path / "old") for rank in range(2)] == [[2], [1]]
+
+
+def test_rows_without_an_index_are_told_and_removed_with_their_run(recipe: Recipe, tmp_path: Path) -> None:
+    out, hello = tmp_path / "acts", wanted.units(recipe, prompt="Hello?")
+    run = collect(recipe.model, hello, out=out)["run"]
+    lost, others = out / rows_name(run, 100_000, 1), out / rows_name("0123456789abcdef", 7, 3)
+    for file in (lost, others):
+        shutil.copy(out / rows_name(run, 0, LAYERS[0]), file)
+    assert f"2 files of rows are in no index ({others.name})" in text(inspect(out))
+    assert [line.split(": ")[0] for line in verify(out)] == [str(others), str(lost)]
+    assert f"{lost}: no index lists its rows" in text(inspect(out, check=True, progress=True))
+    assert collect(recipe.model, hello, out=out)["rows"] == 0
+    assert [line.split(": ")[0] for line in verify(out)] == [str(others)]
+
+
+def test_units_of_six_digits_are_ours(tmp_path: Path) -> None:
+    [unit] = every_position([np.arange(5, dtype=np.int32)], [1], unit_tokens=10)
+    sink = sinks.CacheSink(tmp_path, "0" * 16, 100_000, {"m": 1}, unit, dtype="F32", width=4)
+    sink.append(1, np.arange(5), torch.ones(5), torch.ones(5, 4))
+    sink.finish()
+    assert sorted(content(tmp_path)) == [rows_name("0" * 16, 100_000, 1), index_name("0" * 16, 100_000)]
+    assert earlier_runs(tmp_path, "f" * 16, {"m": 1}, dtype="F32") is not None
+    assert len(ActivationCache.open(tmp_path, unit=100_000).layer(1)) == 5
+    assert UnitFile.named(plain_name("0" * 16, 100_000)) == ("0" * 16, 100_000, "plain")
+
+
 def test_an_adapter_is_another_target(recipe: Recipe, tmp_path: Path, demo_adapter: Path) -> None:
     units = wanted.units(recipe)
     collect(recipe.model, units, out=tmp_path / "base")
@@ -248,6 +323,9 @@ def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Modul
     assert np.unique(unit.wanted.layers).tolist() == LAYERS
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected an object with text or messages"):
+        wanted.units(recipe, texts=tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fine"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"texts\.jsonl: line 2: expected .*, got '.*' \(.*can't decode byte 0xff"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl")
     (tmp_path / "texts.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"texts\.jsonl: no contexts; expected one object"):

@@ -99,6 +99,7 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
             sink.abandon()
             raise
     tally.warn()
+    remove_leftovers(out, finished=run)
     return {
         "run": run,
         "units": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -12,24 +13,28 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ao.cache import INDEX, PLAIN, ActivationCache
+from ao.cache import INDEX, PLAIN, ActivationCache, UnitFile, unlisted
 from ao.collect.wanted import Unit, Units
+from ao.distributed import Ranks
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger(__name__)
+
 LEFT_SECONDS = 3600.0
 """After so long without a change a temporary file that its writer does not lock is one that a killed process left."""
 
-_LEFT = re.compile(r"\.([0-9a-f]{16})-\d{5}(-L\d{3,}|\.index|\.plain)\.safetensors\..+\.(?:partial|tmp)")
+_TEMPORARY = re.compile(r"\.(.+?\.safetensors)\..+\.(?:partial|tmp)")
+_OTHERS = re.compile(r"manifest\.json|norms\.png|\.(manifest\.json|norms\.png)\.\d+\.tmp")
 
 
 def earlier_runs(
     out: Path, run: str, contract: Mapping[str, Any], *, dtype: str, width: int | None = None
 ) -> ActivationCache | None:
-    """What other runs left in the folder.
+    """What other runs left in the folder; a unit whose files are missing or do not fit is left out, and told.
 
     Raises:
         FileExistsError: the folder holds something else.
@@ -37,11 +42,7 @@ def earlier_runs(
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose another --out")
-    own = re.compile(
-        r"\.?[0-9a-f]{16}-\d{5}(-L\d{3,}|\.index)\.safetensors(\..+\.partial)?"
-        r"|manifest\.json|norms\.png|\.(manifest\.json|norms\.png)\.\d+\.tmp"
-    )
-    if out.is_dir() and (strangers := [path.name for path in out.iterdir() if not own.fullmatch(path.name)]):
+    if out.is_dir() and (strangers := [path.name for path in out.iterdir() if not _is_own(path.name)]):
         raise FileExistsError(f"{out} holds {strangers[0]!r}, so it is no activation cache; choose another --out")
     if not any(path for path in out.glob(INDEX) if not path.name.startswith(run)):
         return None
@@ -54,7 +55,20 @@ def earlier_runs(
             + ("" if found[0] == asked[0] else f"; its contract has {sorted(found[0])}, this one {sorted(asked[0])}")
             + "; choose another --out or --dtype"
         )
+    cache, damaged = cache.split_damaged()
+    for index, problem in damaged.items():
+        log.warning(
+            "%s; its unit counts as not collected, and the cache cannot be read until it is whole: run its ao collect again, "
+            "or remove %s*",
+            problem, index.with_name(index.name.removesuffix(INDEX[1:])),
+        )  # fmt: skip
     return cache
+
+
+def _is_own(name: str) -> bool:
+    temporary = _TEMPORARY.fullmatch(name)
+    of = UnitFile.named(temporary[1] if temporary else name)
+    return (of is not None and of.kind != "plain") or _OTHERS.fullmatch(name) is not None
 
 
 def remove_leftovers(out: Path, *, finished: str | None = None) -> None:
@@ -62,17 +76,31 @@ def remove_leftovers(out: Path, *, finished: str | None = None) -> None:
 
     Args:
         out: the folder.
-        finished: a run whose every process has finished; what is left of it goes at once.
+        finished: a run whose every process has finished; what is left of it goes at once, and rows without an index, too.
     """
     for path in sorted(out.glob(".*")):
-        if not (left := _LEFT.fullmatch(path.name)):
+        if not (match := _TEMPORARY.fullmatch(path.name)) or not (of := UnitFile.named(match[1])):
             continue
-        run, what = left.groups()
         try:
-            if run == finished or (_is_free(path) if what.startswith("-L") else _is_old(path)):
+            if of.run == finished or (_is_free(path) if of.kind == "rows" else _is_old(path)):
                 path.unlink()
         except FileNotFoundError:
             continue  # its writer has finished, or another process was here first
+    if finished is not None:
+        _remove_damaged(out, finished)
+        for path in unlisted(out):
+            if path.name.startswith(f"{finished}-"):
+                path.unlink()
+
+
+def _remove_damaged(out: Path, run: str) -> None:
+    """Remove the indexes of a run's units that are not whole when it has finished: all that it wanted of them is elsewhere."""
+    try:
+        _, damaged = ActivationCache.open(out, run=run).split_damaged()
+    except FileNotFoundError:
+        return
+    for index in damaged:
+        index.unlink()
 
 
 def _is_free(path: Path) -> bool:
@@ -104,8 +132,8 @@ class Remaining:
 def remaining(units: Sequence[Unit], old: ActivationCache | None) -> Remaining:
     """What each unit has to collect: what no unit before it holds, and no earlier run.
 
-    Decided from the units and earlier runs alone, so that every rank, and a run that goes on, decides alike. Each unit is
-    built once for that and once when it is asked for; in between only a byte of each value wanted is kept.
+    Decided from the units and earlier runs alone, so that a run that goes on decides alike. Each unit is built once for that
+    and once when it is asked for; in between only a byte of each value wanted is kept.
     """
     keys_of: dict[int, list[np.ndarray]] = {}
     layers_of = [np.empty(0, dtype=np.int16)]
@@ -126,6 +154,37 @@ def remaining(units: Sequence[Unit], old: ActivationCache | None) -> Remaining:
     kept_of = np.split(kept, bounds[1:-1]) if len(units) else []
     numbers = [number for number, own in enumerate(kept_of) if own.any()]
     return Remaining(Units([1] * len(units), lambda number: [units[number].only(kept_of[number])]), numbers)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has to collect."""
+
+    units: Sequence[Unit]
+    """What is left of each unit of the run."""
+    numbers: Sequence[int]
+    """The rank's own of those that are not there."""
+    units_before: int
+    """How many of its own were there already."""
+
+
+def cache_share(units: Sequence[Unit], old: ActivationCache | None, out: Path, run: str, here: Ranks) -> Share:
+    """A rank's units of a cache of which something is left.
+
+    Whose a unit is follows from its number alone. Ranks look at the folder at different moments, so what is left differs
+    between them where another run finishes meanwhile; every unit is somebody's all the same.
+    """
+    left = remaining(units, old)
+    mine = [number for number in left.numbers if number % here.world == here.rank]
+    missing = [number for number in mine if not is_there(out, run, number, left.units)]
+    return Share(left.units, missing, len(mine) - len(missing))
+
+
+def plain_share(units: Sequence[Unit], out: Path, run: str, here: Ranks) -> Share:
+    """A rank's units without a plain file."""
+    there, mine = plain_done(out, run), range(len(units))[here.rank :: here.world]
+    missing = [number for number in mine if number not in there]
+    return Share(units, missing, len(mine) - len(missing))
 
 
 def is_there(out: Path, run: str, number: int, units: Sequence[Unit]) -> bool:
@@ -152,9 +211,8 @@ def plain_done(out: Path, run: str) -> set[int]:
     """
     if out.is_dir() and any(out.glob(INDEX)):
         raise FileExistsError(f"{out} is an activation cache; choose another --out for plain files")
-    suffix = PLAIN.removeprefix("*")
-    files = {path: int(path.name.removesuffix(suffix).rpartition("-")[2]) for path in out.glob(f"{run}-*{suffix}")}
-    return {number for path, number in files.items() if _has_fitting_header(path)}
+    files = {path: of for path in out.glob(f"{run}-{PLAIN}") if (of := UnitFile.named(path.name))}
+    return {of.unit for path, of in files.items() if _has_fitting_header(path)}
 
 
 def _has_fitting_header(path: Path) -> bool:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ao.cache import contract_of
 from ao.collect.handover import Handover
-from ao.collect.missing import Remaining, earlier_runs, is_there, plain_done, remaining, remove_leftovers
+from ao.collect.missing import Share, cache_share, earlier_runs, plain_share, remove_leftovers
 from ao.collect.sinks import CacheSink, PlainSink, Sink, finish_cache
 from ao.collect.wanted import Unit
 from ao.config import ModelConfig
@@ -84,55 +86,70 @@ def collect(
             )
         run = fingerprint(contract, dtype, tokens_per_row, *(unit.digest for unit in units))[:16]
         if plain:
-            left, there = Remaining(units, range(len(units))), plain_done(out, run)
-            mine = left.numbers[here.rank :: here.world]
-            done = there.intersection(mine)
+            share = plain_share(units, out, run, here)
         else:
-            left = remaining(units, earlier_runs(out, run, contract, dtype=dtype))
-            mine = left.numbers[here.rank :: here.world]
-            done = {number for number in mine if is_there(out, run, number, left.units)}
+            share = cache_share(units, earlier_runs(out, run, contract, dtype=dtype), out, run, here)
         if here.first:
             remove_leftovers(out)
-        todo = {number: left.units[number].num_tokens for number in mine if number not in done}
-        tally = Tally(units_before=len(done))
-        if todo:
-            which = "base" if model.target is None else "target"
-            target = load_replica(replace(model, device=str(here.device)), here, which=which)
-            arch = archs.find(target)
-            fuse_norms(target)
-            contexts = (ids for number in todo for ids in left.units[number].contexts if len(ids))
-            check_model(target, arch, list(islice(contexts, 4)))
-            wearing: AbstractContextManager[None] = (
-                as_target(target) if adapter is None else as_oracle(load_adapter(target, adapter))
+        tally = Tally(units_before=share.units_before)
+        if share.numbers:
+            into = partial(PlainSink if plain else CacheSink, out, run, contract=contract, dtype=dtype)
+            target = load_replica(
+                replace(model, device=str(here.device)), here, which="base" if model.target is None else "target"
             )
-            collecting = time.perf_counter()
-            bar = tqdm(
-                total=sum(todo.values()),
-                desc="collect" if here.world == 1 else f"collect, rank 1 of {here.world}",
-                unit=" tokens",
-                unit_scale=True,
-                disable=not (progress and here.first),
-            )
-            with wearing, bar, Handover(dtype=dtype) as handover:
-                for number in todo:
-                    unit = left.units[number]
-                    kind = PlainSink if plain else CacheSink
-                    sink: Sink = kind(out, run, number, contract, unit, dtype=dtype, width=arch.d_model)
-                    rows = collected(
-                        target, arch, unit.contexts, unit.wanted, tokens_per_row=tokens_per_row, progress=bar.update
-                    )
-                    hand_over(rows, sink, handover, tally)
-                    tally.tokens += unit.num_tokens
-            tally.writer_seconds = handover.blocked_seconds
-            tally.collect_seconds = time.perf_counter() - collecting
+            total = sum(share.units[number].num_tokens for number in share.numbers)
+            with _bar(total, here, show=progress) as bar:
+                _run(
+                    target, adapter, share, into, tally, dtype=dtype, tokens_per_row=tokens_per_row, progress=bar.update
+                )
         tally.warn()
         record: dict[str, Any] = {"run": run, "units": len(units), **_together(tally, here)}
-        if here.first and plain:
+        if here.first:
             remove_leftovers(out, finished=run)
-        elif here.first:
-            record["layers"] = finish_cache(out)
+            if not plain:
+                record["layers"] = finish_cache(out)
         record["seconds"] = time.perf_counter() - started
         return {**record, "first_rank": here.first}
+
+
+def _bar(total: int, here: Ranks, *, show: bool) -> tqdm[NoReturn]:
+    return tqdm(
+        total=total,
+        desc="collect" if here.world == 1 else f"collect, rank 1 of {here.world}",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not (show and here.first),
+    )
+
+
+def _run(
+    target: PreTrainedModel,
+    adapter: str | Path | None,
+    share: Share,
+    into: Callable[..., Sink],
+    tally: Tally,
+    *,
+    dtype: str,
+    tokens_per_row: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Run the target over a rank's units, each into a sink of its own."""
+    arch = archs.find(target)
+    fuse_norms(target)
+    contexts = (ids for number in share.numbers for ids in share.units[number].contexts if len(ids))
+    check_model(target, arch, list(islice(contexts, 4)))
+    wearing: AbstractContextManager[None] = (
+        as_target(target) if adapter is None else as_oracle(load_adapter(target, adapter))
+    )
+    started = time.perf_counter()
+    with wearing, Handover(dtype=dtype) as handover:
+        for number in share.numbers:
+            unit = share.units[number]
+            rows = collected(target, arch, unit.contexts, unit.wanted, tokens_per_row=tokens_per_row, progress=progress)
+            hand_over(rows, into(number=number, unit=unit, width=arch.d_model), handover, tally)
+            tally.tokens += unit.num_tokens
+    tally.writer_seconds = handover.blocked_seconds
+    tally.collect_seconds = time.perf_counter() - started
 
 
 @dataclass

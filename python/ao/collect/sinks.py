@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as serialize
 
-from ao.cache import PLAIN, ActivationCache
+from ao.cache import ActivationCache, plain_name
 from ao.cache_writer import CacheWriter
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, with_own_digest, write_atomic
@@ -63,7 +63,7 @@ class PlainSink(Sink):
     def __init__(
         self, out: Path, run: str, number: int, contract: dict[str, Any], unit: Unit, *, dtype: str, width: int
     ) -> None:
-        self._path, self._unit = out / f"{run}-{number:05d}{PLAIN.removeprefix('*')}", unit
+        self._path, self._unit = out / plain_name(run, number), unit
         layers, counts = np.unique(unit.wanted.layers, return_counts=True)
         about = {
             "kind": "plain_activations",

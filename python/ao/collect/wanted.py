@@ -9,6 +9,7 @@ Shapes: P values wanted.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,17 +219,20 @@ def text_contexts(path: Path, oracle_framer: Framer) -> list[np.ndarray]:
             f"{path}: there is no such file; texts are a JSONL file, an object with text or messages a line"
         )
     contexts = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 context = row["messages"] if "messages" in row else row["text"]
                 contexts.append(np.asarray(oracle_framer.context(json.dumps(context)).ids, dtype=np.int32))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}: line {number}: expected an object with text or messages, got {line[:60]!r} ({error})"
+                    f"{path}: line {number}: expected an object with text or messages, got {line[:60].decode(errors='replace')!r} "
+                    f"({error})"
                 ) from None
     if not contexts:
         raise ValueError(f"{path}: no contexts; expected one object with text or messages a line, got none")

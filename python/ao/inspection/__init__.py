@@ -90,7 +90,7 @@ def _inspected(
     if sum((bool(rows or ids), check, plot is not None)) > 1:
         raise ValueError("datapoints (--row, --id), --verify and --plot are shown one at a time; give one of them")
     if found.kind == "activations" and (check or plot is not None):
-        return {**result, **_activations(found, check=check, plot=plot)}
+        return {**result, **_activations(found, plot=plot, progress=progress)}
     if found.kind == "plain" and check:
         return {**result, "notes": [], **_plain_verified(found.path)}
     if found.kind == "plan" and check:
@@ -116,15 +116,16 @@ def _inspected(
     return {**result, **summary}
 
 
-def _activations(found: Found, *, check: bool, plot: Path | None) -> dict[str, Any]:
-    """A cache, checked or drawn."""
+def _activations(found: Found, *, plot: Path | None, progress: bool) -> dict[str, Any]:
+    """A cache, drawn, or else checked."""
     cache = ActivationCache.open(found.path)
     if plot is not None:
         from ao.plots import norm_chart
 
         norm_chart(plot, {layer: cache.layer(layer).norms for layer in cache.layers}, title=found.path.name)
         return {**found.content, "plot": str(plot)}
-    problems = verify_cache(found.path)
+    with _bar(len(cache.units), show=progress, unit=" units") as step:
+        problems = verify_cache(found.path, step=step)
     rows = sum(len(cache.layer(layer)) for layer in cache.layers)
     return {"ok": not problems, "problems": problems, "checked": {"units": len(cache.units), "rows": rows}}
 
@@ -357,11 +358,11 @@ def _verdict(result: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
+def _bar(total: int, *, show: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
     if not show:
         yield lambda num_bytes: None
         return
     from tqdm import tqdm
 
-    with tqdm(desc="verify", total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+    with tqdm(desc="verify", total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
         yield bar.update

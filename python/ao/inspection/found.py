@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ao.cache import INDEX, PLAIN, ActivationCache
+from ao.cache import INDEX, PLAIN, ActivationCache, unlisted
 from ao.manifest import read_manifest, require_match
 from ao.packed import data_manifest
 from ao.shards import PackedDataset
@@ -165,6 +165,16 @@ def _activations(path: Path) -> Found:
     if new := {unit.path.name for unit in cache.units} - listed:
         notes.append(
             f"{len(new)} units are not in the manifest yet: it is being collected, or was stopped; the same ao collect goes on"
+        )
+    _, damaged = cache.split_damaged()
+    notes += [
+        f"{problem}; its unit does not count: its ao collect writes it again, or remove {index.name.removesuffix(INDEX[1:])}*"
+        for index, problem in damaged.items()
+    ]
+    if rows := unlisted(path):
+        notes.append(
+            f"{len(rows)} files of rows are in no index ({rows[0].name}): they are being written, or were left by a kill; the "
+            "same ao collect goes on, or remove them"
         )
     return Found("activations", path, content={"content": content}, notes=notes)
 

@@ -280,11 +280,8 @@ impl RowReader {
         let mut read = 0;
         while read < skipped + length {
             // A read that ends within a page has met the end of the file.
-            let more = if read.is_multiple_of(PAGE) {
-                read_at(direct, &mut bytes[read..], from + read as u64)
-            } else {
-                Ok(0)
-            };
+            let more =
+                if read.is_multiple_of(PAGE) { read_at(direct, &mut bytes[read..], from + read as u64) } else { Ok(0) };
             match more {
                 Ok(0) => return Err(cut(path, start + length as u64)),
                 Ok(more) => read += more,
