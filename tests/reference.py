@@ -460,7 +460,8 @@ class Reference:
         # The spans count in the content as the example has it; templates may cut white space from it.
         content = context[message]["content"]
         before, behind = self.around(context, message)
-        assert text.startswith(before) and text.endswith(behind)
+        assert text.startswith(before)
+        assert text.endswith(behind)
         place, stop = len(before), len(text) - len(behind)
         start = place - content.index(text[place:stop])
         return max(start + read["start"], place), min(start + read["end"], stop)

@@ -615,7 +615,9 @@ def test_real_files_equal_the_reference(tmp_path: Path) -> None:
     num_layers = data.manifest["targets"]["base"]["num_layers"]
     layers = [resolve_layer(depth, num_layers) for depth in recipe.data.read_depths]
     settings = slow.Settings(num_layers=num_layers, read_layers=layers)
-    expected, drops, _, _ = slow.build_all(Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables)
+    expected, drops, _, _ = slow.build_all(
+        Reference(model_folder("demo"), end_of_turn="<turn|>"), settings, with_tables
+    )
     assert [datapoint.id for datapoint in data] == [datapoint.id for datapoint in expected]
     assert data.manifest["drops"] == drops
     for datapoint, right in zip(data, expected, strict=True):

@@ -223,7 +223,8 @@ def record(write: Writer, number: int) -> dict[str, Any]:
         roles = ["system", "user", "assistant", "user", "assistant"][chance.randint(0, 1) : chance.randint(2, 5)]
         outer = ["", " ", "\n", " \n ", "\t\n"]
         made["context"] = [
-            {"role": role, "content": f"{chance.choice(outer)}A {write.text(9)} z{chance.choice(outer)}"} for role in roles
+            {"role": role, "content": f"{chance.choice(outer)}A {write.text(9)} z{chance.choice(outer)}"}
+            for role in roles
         ]
         message = chance.randrange(len(roles))
         spans = [chance.choice([{"message": message}, {"message": message, "onwards": True}])]
