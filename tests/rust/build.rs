@@ -409,7 +409,7 @@ fn a_null_in_a_table_of_documents_is_no_text() {
 fn what_the_assistant_says_is_drawn_among_the_turns_in_reach() {
     let framer = common::gemma();
     let said = "the sea is kind ".repeat(8);
-    let turn = |at: usize| json!({"role": if at % 2 == 0 { "user" } else { "assistant" }, "content": said});
+    let turn = |at: usize| json!({"role": if at.is_multiple_of(2) { "user" } else { "assistant" }, "content": said});
     let chat = |turns: usize| json!({"messages": (0..turns).map(turn).collect::<Vec<_>>()});
     let source = |most: usize| {
         json!({"name": "chats", "kind": "context_prediction", "within": "assistant", "draws_per_text": 5, "window": [1, 5],

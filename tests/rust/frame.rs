@@ -354,7 +354,7 @@ fn read_spans_are_covered_in_any_script() {
 /// there. Told by what stands around another content in its place; `None` if that is not there or does not tell.
 fn shown(template: &Template, turns: &[Message], number: usize, text: &str) -> Option<(usize, usize, usize)> {
     let mut marked = turns.to_vec();
-    marked[number].content = "QZQ".to_owned();
+    "QZQ".clone_into(&mut marked[number].content);
     let rendered = template.render(&marked, turns.last()?.role != "assistant").ok()?;
     let (before, behind) = rendered.split_once("QZQ").filter(|(_, behind)| !behind.contains("QZQ"))?;
     let shown = text.strip_prefix(before)?.strip_suffix(behind)?;
@@ -403,8 +403,8 @@ fn read_spans_of_messages_are_what_is_shown_of_them() {
         "user",
         "\u{2028}",
     ];
-    let content = prop::collection::vec(prop::sample::select(pieces.to_vec()), 1..8).prop_map(|pieces| pieces.concat());
-    let contents = prop::collection::vec(content, 1..5);
+    let text = prop::collection::vec(prop::sample::select(pieces.to_vec()), 1..8).prop_map(|pieces| pieces.concat());
+    let contents = prop::collection::vec(text, 1..5);
     let told = std::cell::Cell::new([0, 0]);
     proptest!(cases::cases(300), |(contents in contents, which in 0..names.len(), at in any::<[prop::sample::Index; 3]>())| {
         let (framer, template) = &framers[which];

@@ -90,9 +90,9 @@ fn draw_but<'a, T>(items: &'a [T], but: &[usize], draws: &mut Draws) -> Option<&
     if left == 0 {
         return None;
     }
-    let drawn = draws.below(left as u64) as usize;
+    let first = draws.below(left as u64) as usize;
     // There may be as many items as rows, so they are stepped over and not listed.
-    Some(&items[but.iter().fold(drawn, |at, &place| at + usize::from(place <= at))])
+    Some(&items[but.iter().fold(first, |at, &place| at + usize::from(place <= at))])
 }
 
 impl Labels {
