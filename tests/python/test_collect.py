@@ -1,5 +1,6 @@
 """`ao collect`: what it writes equals the library's hidden states, whoever writes it and however often it was stopped."""
 
+import copy
 import fcntl
 import json
 import logging
@@ -49,6 +50,7 @@ from ao.shards import PackedDataset
 
 DEMO = ModelConfig(name="demo", precision="fp32", device="cpu")
 LAYERS = [1, 3]
+EXAMPLES = int(os.environ.get("AO_EXAMPLES", "100"))
 
 
 def write_records(root: Path, statements: list[str]) -> Recipe:
@@ -98,7 +100,7 @@ def hidden(target: torch.nn.Module, ids: np.ndarray, layer: int) -> np.ndarray:
     """Slow and obvious: one context, every layer, no packing."""
     with torch.no_grad():
         states = target(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
-    return states[layer + 1][0].numpy()
+    return states[layer + 1][0].float().numpy()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -426,13 +428,39 @@ def test_other_tools_tensors_are_imported(tmp_path: Path) -> None:
         (tmp_path / "about.json").write_text(json.dumps(about | wrong))
         with pytest.raises(ValueError, match=message):
             import_tensor(tmp_path / "resid.safetensors", tmp_path / "about.json", out=tmp_path / "other")
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    (tmp_path / "torn.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=r"torn\.safetensors: not a safetensors file .*; save the tensor with"):
+        import_tensor(tmp_path / "torn.safetensors", tmp_path / "about.json", out=tmp_path / "other")
     # Into a cache of other rows nothing is written.
     before = content(tmp_path / "acts")
-    (tmp_path / "about.json").write_text(json.dumps(about | {"layers": [4, 9]}))
+    (tmp_path / "about.json").write_text(json.dumps(about))
     save_file({"resid": values[..., :4].contiguous()}, tmp_path / "narrow.safetensors")
-    with pytest.raises(ValueError, match="rows of BF16 and 6 values, asked for were BF16 and 4"):
+    with pytest.raises(
+        ValueError, match=r"rows of BF16 and 6 values, asked for were BF16 and 4; choose another --out$"
+    ):
         import_tensor(tmp_path / "narrow.safetensors", tmp_path / "about.json", out=tmp_path / "acts")
     assert content(tmp_path / "acts") == before
+
+
+@pytest.mark.parametrize(("dtype", "below"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_forwards_of_other_lengths_are_imported(
+    target: torch.nn.Module, tmp_path: Path, dtype: torch.dtype, below: float
+) -> None:
+    """The same beginning, read alone and in longer contexts, differs in its last bits."""
+    target = copy.deepcopy(target).to(dtype)
+    contexts = [[*range(40, 48)], [*range(40, 71)], [*range(40, 45)], [*range(40, 46), *range(90, 180)]]
+    values = [
+        torch.stack([torch.from_numpy(hidden(target, np.array(ids), layer)) for layer in LAYERS], dim=1).to(dtype)
+        for ids in contexts
+    ]
+    record = imported(tmp_path, torch.cat(values), contexts)
+    assert 0 < record["difference"] < below
+    assert "rows read after the same ids differ by up to" in summary_text("acts", record)
+    layer = ActivationCache.open(tmp_path / "acts").layer(0)
+    kept = torch.empty(8, values[0].shape[2], dtype=dtype)
+    layer.gather(layer.find(context_keys(np.array(contexts[0]))), kept)
+    assert torch.equal(kept, values[0][:, 0]), "the first ones"
 
 
 def imported(folder: Path, values: torch.Tensor, ids: list[list[int]]) -> dict[str, Any]:
@@ -689,7 +717,7 @@ MANIFESTS = (
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=EXAMPLES)
 @given(drawn=st.data())
 def test_no_manifest_breaks_a_cache(some_cache: tuple[Path, bytes], drawn: st.DataObject) -> None:
     """Rows are found without it; whoever reads it names it, or passes."""

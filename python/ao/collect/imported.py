@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ao._ao import input_digest
 from ao.collect.missing import earlier_runs, is_there, remaining, remove_leftovers
@@ -26,7 +26,9 @@ from ao.manifest import fingerprint
 from ao.residuals import ROW_TYPES
 
 ROWS = 2**16
-"""Rows that are put into the cache together."""
+"""Rows that are compared, or put into the cache, together."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""By how much of their norm rows may differ that were read after the same ids: a forward's rounding depends on its shape."""
 
 
 def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> dict[str, Any]:
@@ -40,8 +42,8 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
         out: folder of the cache.
 
     Returns:
-        The record: rows, seconds, units, those that were there before, statistics by layer; and whether this is the first
-        rank.
+        The record: rows, seconds, units, those that were there before, statistics by layer, the greatest difference of rows
+        that were read after the same ids (of which the first is kept) over their norm; and whether this is the first rank.
 
     Raises:
         ValueError: sidecar and tensor do not agree.
@@ -50,10 +52,7 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
         return {"first_rank": False}
     started = time.perf_counter()
     about = Sidecar.read(sidecar)
-    with safe_open(file, framework="pt") as opened:
-        if about.tensor not in opened.keys():  # noqa: SIM118 - the file is no mapping
-            raise ValueError(f"{file}: no tensor {about.tensor!r}, only {sorted(opened.keys())}")
-        values_TLD = opened.get_tensor(about.tensor)
+    values_TLD = _tensor(file, about.tensor)
     shape = (sum(map(len, about.ids)), len(about.layers))
     names = {dtype: name for name, dtype in ROW_TYPES.items()}
     if values_TLD.dim() != 3 or tuple(values_TLD.shape[:2]) != shape or values_TLD.dtype not in names:
@@ -64,17 +63,7 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
     contexts = [np.asarray(ids, dtype=np.int32) for ids in about.ids]
     unit = Unit.whole(contexts, about.layers)
     keys = unit.keys()[:: shape[1]]
-    _, first, serving = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    same = torch.from_numpy(first[serving.reshape(-1)])
-    again_TLD = values_TLD[same]
-    # What is no number equals nothing, itself included.
-    differs_TLD = (again_TLD != values_TLD) & ~(again_TLD.isnan() & values_TLD.isnan())
-    if len(differing := differs_TLD.flatten(1).any(dim=1).nonzero().flatten()):
-        row = int(differing[0])
-        raise ValueError(
-            f"{file}: tokens {int(same[row])} and {row} were read after the same ids, and have other activations; were the "
-            "contexts padded, or read by a model with other mixers than causal attention?"
-        )
+    difference = _require_alike(file, values_TLD, keys)
     out, dtype, width = Path(out), names[values_TLD.dtype], values_TLD.shape[2]
     run = fingerprint(about.contract, dtype, unit.digest, input_digest(str(file)))[:16]
     [left] = remaining([unit], earlier_runs(out, run, about.contract, dtype=dtype, width=width)).units
@@ -105,10 +94,54 @@ def import_tensor(file: str | Path, sidecar: str | Path, *, out: str | Path) -> 
         "units": 1,
         "units_before": tally.units_before,
         "rows": tally.rows,
+        "difference": difference,
         "layers": finish_cache(out),
         "seconds": time.perf_counter() - started,
         "first_rank": True,
     }
+
+
+def _tensor(file: str | Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if name not in opened.keys():  # noqa: SIM118 - the file is no mapping
+                raise ValueError(f"{file}: no tensor {name!r}, only {sorted(opened.keys())}")
+            return opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a safetensors file ({error}); save the tensor with safetensors.torch.save_file"
+        ) from None
+
+
+def _require_alike(file: str | Path, values_TLD: torch.Tensor, keys: np.ndarray) -> float:
+    """Compare tokens of one key (uint64 [T, 2]) with the first of them; returns the greatest difference."""
+    _, first, serving = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    kept = first[serving.reshape(-1)]
+    repeats = np.flatnonzero(kept != np.arange(len(kept)))
+    tolerance, greatest = TOLERANCE[values_TLD.dtype], 0.0
+    tokens_at_once = max(1, ROWS // values_TLD.shape[1])
+    for tokens in np.split(repeats, range(tokens_at_once, len(repeats), tokens_at_once)):
+        differences_K = _differences(values_TLD[torch.from_numpy(tokens)], values_TLD[torch.from_numpy(kept[tokens])])
+        if len(wrong := (differences_K > tolerance).nonzero().flatten()):
+            at = int(wrong[0])
+            raise ValueError(
+                f"{file}: tokens {kept[tokens[at]]} and {tokens[at]} were read after the same ids, and have other "
+                f"activations: they differ by {differences_K[at]:.2g} of their norm, where rounding gives less than "
+                f"{tolerance:.2g}; were the contexts padded, or read by a model with other mixers than causal attention?"
+            )
+        greatest = max(greatest, differences_K.max().item() if len(tokens) else 0.0)
+    return greatest
+
+
+def _differences(values_KLD: torch.Tensor, first_KLD: torch.Tensor) -> torch.Tensor:
+    """Norm of the difference over the norm of the first, [K], of the layer where it is greatest; of what is finite beside
+    what is not, infinite."""
+    values_KLD, first_KLD = values_KLD.float(), first_KLD.float()
+    # What is no number equals nothing, itself included.
+    is_same_KLD = (values_KLD == first_KLD) | (values_KLD.isnan() & first_KLD.isnan())
+    norms_KL = torch.where(is_same_KLD, 0, values_KLD - first_KLD).norm(dim=2)
+    scales_KL = first_KLD.nan_to_num(0, 0, 0).norm(dim=2).clamp_min(1e-30)
+    return (norms_KL / scales_KL).nan_to_num(nan=torch.inf).amax(dim=1)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def earlier_runs(
             f"{out} holds rows of {cache.dtype} and {cache.width} values, asked for were {dtype}"
             + (f" and {width}" if width is not None else "")
             + ("" if found[0] == asked[0] else f"; its contract has {sorted(found[0])}, this one {sorted(asked[0])}")
-            + "; choose another --out or --dtype"
+            + ("; choose another --out" if width is not None else "; choose another --out or --dtype")
         )
     cache, damaged = cache.split_damaged()
     for index, problem in damaged.items():

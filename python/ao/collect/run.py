@@ -250,6 +250,8 @@ def summary_text(out: str | Path, record: Mapping[str, Any]) -> str:
     lines = [f"{out}: nothing was missing"]
     if record["rows"] and "tokens" not in record:
         lines = [f"{out}: {record['rows']:,} rows imported, {record['seconds']:.1f} s"]
+        if record["difference"]:
+            lines.append(f"  rows read after the same ids differ by up to {record['difference']:.2g} of their norm")
     elif record["rows"]:
         collecting = record["collect_seconds"]
         # Of less, the share is chance.
