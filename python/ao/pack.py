@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from ao import _ao
 from ao import sources as readers
 from ao._ao import RULES, Framer, PackWriter, Source
 from ao._ao import merge as merge_parts
-from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, source_counts, to_dict
+from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, TrainConfig, source_counts, to_dict
 from ao.manifest import canonical_json, read_manifest, sync_folder
 from ao.prompt import framer, identity, resolve_layer
 from ao.shards import PackedDataset
@@ -63,7 +64,8 @@ def pack(
         progress: Show a progress bar on stderr.
 
     Returns:
-        The summary: counts, drops and errors by reason, histograms, the same by source; `summary_text` writes it out.
+        The summary: counts, how full rows will be, drops and errors by reason, histograms, the same by source;
+        `summary_text` writes it out.
 
     Raises:
         FileExistsError: `out` holds something else; nothing is touched.
@@ -160,7 +162,12 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     lines = [_headline(summary)]
     if summary.get("part"):
         return "\n".join([*lines, *reasons(summary), "  the other parts next, then --merge"])
-    return "\n".join([*lines, f"  {'tokenizer':<11} {summary['engine']}", *summary_lines(summary)])
+    rows = summary["rows"]
+    lines += [
+        f"  {'tokenizer':<11} {summary['engine']}",
+        f"  {'rows':<11} {rows['rows']:,} of {rows['tokens_per_row']:,} tokens, {rows['fill']:.1%} full; ao plan compares budgets",
+    ]
+    return "\n".join([*lines, *summary_lines(summary)])
 
 
 # Settings
@@ -476,10 +483,19 @@ def _summary(
         "way": way,
         "shards": len(manifest["shards"]),
         **summarized(manifest),
+        "rows": _filled(PackedDataset.open(out)),
         "messages": list(done["messages"]) if done is not None else [],
         "engine": oracle_framer.engine,
         **_speed(done, seconds, packing_seconds),
     }
+
+
+def _filled(data: PackedDataset) -> dict[str, Any]:
+    """How full rows of the budget that training has by default will be: rows, and the share of them that tokens fill."""
+    budget = TrainConfig.tokens_per_row
+    num_rows = len(_ao.pack_rows(data.lengths, budget, longer_alone=True)[1]) - 1
+    fill = int(data.lengths.sum()) / (num_rows * budget)
+    return {"tokens_per_row": budget, "rows": num_rows, "fill": round(fill, 6)}
 
 
 def _part_summary(

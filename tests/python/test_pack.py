@@ -385,6 +385,17 @@ def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, model: str) -> None:
     assert "line 2" in text
 
 
+def test_the_summary_says_how_full_rows_will_be(tmp_path: Path, model: str) -> None:
+    write_lines(tmp_path / "records.jsonl", [{**RECORDS[0], "id": f"e{i}"} for i in range(500)])
+    summary = run(tmp_path, model, {"name": "r", "kind": "records", "path": "records.jsonl"})
+    lengths, rows = PackedDataset.open(tmp_path / "packed").lengths, json.loads(json.dumps(summary))["rows"]
+    assert len(set(lengths.tolist())) == 1
+    in_a_row = 8192 // lengths[0]
+    assert (rows["tokens_per_row"], rows["rows"]) == (8192, -(-500 // in_a_row))
+    assert rows["fill"] == pytest.approx(lengths.sum() / (8192 * rows["rows"]), abs=1e-6)
+    assert f"{rows['rows']} of 8,192 tokens, {100 * rows['fill']:.1f}% full" in summary_text(summary)
+
+
 @pytest.mark.parametrize("labels", [{}, {"a": "Ada", "b": "Ben"}])
 @pytest.mark.parametrize("values", [{}, {"count": 12}])
 def test_bad_rows_of_a_table_are_counted_too(
