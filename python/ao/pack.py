@@ -494,7 +494,7 @@ def _filled(data: PackedDataset) -> dict[str, Any]:
     """How full rows of the budget that training has by default will be: rows, and the share of them that tokens fill."""
     budget = TrainConfig.tokens_per_row
     num_rows = len(_ao.pack_rows(data.lengths, budget, longer_alone=True)[1]) - 1
-    fill = int(data.lengths.sum()) / max(1, num_rows * budget)
+    fill = int(data.lengths.sum()) / (num_rows * budget)
     return {"tokens_per_row": budget, "rows": num_rows, "fill": round(fill, 6)}
 
 
