@@ -180,7 +180,7 @@ def _dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, flo
     if x.is_cuda:
         return *torch.native_dropout(x, p, True), 1 - p
     # Sixteen random bits decide on a value: torch draws on one thread, and a draw for each took an eighth of a step.
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     out_of_65536 = min(round(p * 2**16), 2**16 - 1)
     mask = (draws.view(torch.int16)[: x.numel()] >= out_of_65536 - 2**15).view(x.shape)
     return x * mask, mask, 1 - out_of_65536 / 2**16
