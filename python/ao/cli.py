@@ -39,7 +39,7 @@ class Pack:
     """
 
     recipe: tyro.conf.Positional[Path]
-    """The recipe, a TOML file; relative source paths are taken from its folder."""
+    """The recipe, a TOML file; the sources' paths are taken from its folder, all others from the working directory."""
     out: Path | None = None
     """Folder of the packed data set, instead of data.out."""
     part: str = "0/1"

@@ -38,7 +38,7 @@ class ModelConfig(Config):
     """The base under the oracle, and the target where that is another model."""
 
     name: str = "demo"
-    """Hub id, a folder, or "demo": the target embedded in the package."""
+    """Hub id, a folder (from the working directory), or "demo": the target embedded in the package."""
     revision: str | None = None
     """Hub revision of `name`."""
     target: str | None = None
@@ -290,7 +290,7 @@ class DataConfig(Config):
     """What `ao-pack` builds."""
 
     out: str = "packed"
-    """Folder of the packed data set."""
+    """Folder of the packed data set; a relative path is taken from the working directory."""
     seed: int = 0
     """Every draw is keyed by this seed and the example's id."""
     read_depths: tuple[float, ...] = (0.25, 0.5, 0.75)

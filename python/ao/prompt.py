@@ -57,7 +57,7 @@ def model_folder(name: str, revision: str | None = None, *, local: bool = False)
     if name == "demo":
         raise FileNotFoundError(f"model 'demo': {folder} is missing; run `ao demo --rebuild-target` or reinstall ao")
     if _is_path(name):
-        raise FileNotFoundError(f"model {name!r}: there is no such folder")
+        raise FileNotFoundError(f"model {name!r}: there is no such folder; expected {Path(name).absolute()}")
     return _download("model", name, revision, files=_MODEL_FILES, local=local)
 
 

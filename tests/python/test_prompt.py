@@ -79,7 +79,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json; save one with transformers"):
         framer(str(folder))
-    with pytest.raises(FileNotFoundError, match=r"'\./nowhere': there is no such folder"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"'\./nowhere': there is no such folder; expected {Path.cwd()}/nowhere"
+    ):
         model_folder("./nowhere")
     with pytest.raises(ValueError, match="which has no revision 'main'"):
         model_folder(str(folder), "main")
