@@ -322,7 +322,13 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
     as_json = "--json" in args
     command: Any = None
     try:
-        command = _parse(commands, args, program)
+        try:
+            command = _parse(commands, args, program)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _close_stdout()
+        raise SystemExit(0) from None
     except SystemExit as stop:
         if as_json and stop.code:
             print(json.dumps({"error": "usage; stderr says what", "kind": "UsageError", "exit_code": stop.code}))
@@ -467,8 +473,13 @@ def _inspect(command: Inspect) -> dict[str, Any]:
 def _write(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `head` or a pager has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _close_stdout()
+
+
+def _close_stdout() -> None:
+    """`head` or a pager has seen enough: what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _collect(command: Collect) -> dict[str, Any]:

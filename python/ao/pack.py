@@ -70,7 +70,7 @@ def pack(
     Raises:
         FileExistsError: `out` holds something else; nothing is touched.
         FileNotFoundError: a source or the model is missing.
-        OSError: the disk is full or fails.
+        OSError: the disk is full or fails; a ConnectionError: the Hub cannot be reached.
         ValueError: a source cannot be read, is malformed or changes meanwhile, an example is malformed, an unfinished
             build is in the way, or nothing is left to pack.
     """
@@ -220,7 +220,7 @@ def _reading(config: SourceConfig) -> Iterator[None]:
     """A file that the system does not let us read is the caller's to mend, like one that is missing."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, ConnectionError):
         raise
     except OSError as error:
         raise ValueError(f"source {config.name!r} cannot be read: {error}") from None
@@ -381,6 +381,10 @@ def _require_unchanged(stamps: Mapping[Path, tuple[int, int, int]]) -> None:
 
 
 def _partial(out: Path) -> Path:
+    if out.name in ("", ".."):
+        raise ValueError(
+            f"out {str(out)!r}: expected a folder with a name, made where it does not exist, such as packed"
+        )
     return out.with_name(out.name + ".partial")
 
 

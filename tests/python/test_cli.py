@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -465,3 +468,39 @@ def test_errors_cannot_be_fewer_than_none(run, project, tmp_path):
     args = [project / "recipe.toml", "--out", tmp_path / "out", "--max-errors", -1]
     refused(run, args, 2, "max_errors must not be negative, got -1", entry=pack_main)
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_data_set_has_a_name(run, project, out):
+    for more in ([], ["--merge"]):
+        args = [project / "recipe.toml", "--out", out, *more]
+        refused(run, args, 2, f"out {out!r}: expected a folder with a name", entry=pack_main)
+
+
+def test_a_hub_out_of_reach_is_no_bad_input(run, tmp_path, monkeypatch):
+    import datasets
+
+    def load(*args: object, **values: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = '[[data.sources]]\nname = "s"\nkind = "context_prediction"\ndataset = "nobody/nothing"\n'
+    (tmp_path / "recipe.toml").write_text(source)
+    args = [tmp_path / "recipe.toml", "--out", tmp_path / "out"]
+    words = "error: source 's': data set nobody/nothing (train): the Hub cannot be reached"
+    code, _, err = run(*args, entry=pack_main)
+    assert (code, err.startswith(words)) == (3, True)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--help"]])
+def test_help_into_a_closed_pipe_is_quiet(command):
+    code = "import sys; from ao.cli import main; main(sys.argv[1:])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

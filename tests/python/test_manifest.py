@@ -33,6 +33,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_write_into_no_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none/file: there is no folder .*/none; make it first"):
+        write_atomic(tmp_path / "none" / "file", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mismatch_says_what_which_expected_got_and_what_to_do() -> None:
     start, other = "9f2c" + "0" * 60, "41ab" + "0" * 60
     recorded = {"tokenizer": start, "layers": 8}
