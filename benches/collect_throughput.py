@@ -30,7 +30,8 @@ from ao.collect.sinks import CacheSink
 from ao.collect.wanted import UNIT_TOKENS, Unit, every_position
 from ao.models import arch as archs
 from ao.models.adapters import as_target
-from ao.models.load import DTYPES, fuse_norms
+from ao.models.fused import fuse
+from ao.models.load import DTYPES
 from ao.residuals import collected
 from shapes import SHAPES, built
 
@@ -52,7 +53,7 @@ def main() -> None:
         raise SystemExit(f"--shape {args.shape} needs a GPU of 40 GB, and torch sees none; take --shape small")
     precision = args.precision or shape.precision
     model = built(shape.settings, precision, torch.device("cuda" if on_gpu else "cpu"))
-    fuse_norms(model)
+    fuse(model)
     contexts = drawn(args.tokens or shape.tokens // (10 if args.quick else 1), vocab=model.config.vocab_size)
     shares = {"wanted": QUARTER, "all": 1.0}
     speed: dict[str, list[float]] = {name: [] for name in ("without", *shares)}

@@ -33,6 +33,8 @@ class Setting:
     """GiB of a GPU that a process may take."""
     compile: bool = False
     """Whether ours compiles its blocks."""
+    split: bool = False
+    """Whether ours spreads its blocks over all GPUs."""
 
     @property
     def precision(self) -> str:

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a CPU; all cores")
     parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that a process of ours may take")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    parser.add_argument("--split", action="store_true", help="ours with its blocks spread over all GPUs")
     parser.add_argument("--only", choices=("all", "time", "long"), default="all", help="part of the measurements")
     args = parser.parse_args()
     args.shape = args.shape or ("tiny" if args.quick else "cpu")
@@ -79,7 +80,7 @@ def main() -> None:
     setting = Setting(
         shape=args.shape, residency=args.residency or SHAPES[args.shape].precision, recompute=args.recompute,
         dropout=args.dropout, shared=args.shared, tokens_per_row=args.tokens_per_row, ranks=args.ranks, threads=args.threads, cap=args.cap,
-        compile=args.compile,
+        compile=args.compile, split=args.split,
     )  # fmt: skip
     rows = []
     if args.only != "long":
@@ -154,7 +155,7 @@ def results(
     }
     note = (
         f"{about['ours']['where']}, {about['ours']['parameters'] / 1e6:,.0f} M parameters, {setting.residency}, "
-        f"recompute {about['ours']['recompute']}, compiled {setting.compile}, LoRA dropout {setting.dropout}, "
+        f"recompute {about['ours']['recompute']}, compiled {setting.compile}, split {setting.split}, LoRA dropout {setting.dropout}, "
         f"examples a context {setting.shared}, "
         f"rows of {setting.tokens_per_row}, ranks {setting.ranks}, CPU threads {setting.threads}, cap {setting.cap} GiB; "
         f"{len(turns)} turns of {timings['ours'][0]['steps']} steps, card's way {timings['recipe'][0]['steps']}; a step has "

@@ -23,7 +23,8 @@ from ao.batch import rows_of
 from ao.config import TrainConfig
 from ao.distributed import Ranks, launch, ranks
 from ao.models import arch as archs
-from ao.models.load import fuse_norms
+from ao.models.fused import fuse
+from ao.models.split import connect, device_map, visible
 from ao.shards import Datapoint
 from ao.training.lookahead import look_ahead
 from ao.training.meter import PEAK_FLOPS
@@ -191,7 +192,11 @@ class Ours(Way):
 
     def __init__(self, setting: Setting, here: Ranks) -> None:
         super().__init__(setting, here)
-        fuse_norms(self.model)
+        if setting.split:
+            for name, device in device_map(self.model.config, visible()).items():
+                self.model.get_submodule(name).to(device)
+            connect(self.model)
+        fuse(self.model)
         self.config = TrainConfig(
             learning_rate=RATE,
             dropout=setting.dropout,
@@ -204,6 +209,8 @@ class Ours(Way):
         self.learner = Learner.of(self.model, self.config, here)
         self.named_parameters = self.model.named_parameters
         self.about["recompute"] = self.learner.recompute.blocks(PER_STEP * 72) / self.arch.num_layers
+        self.losses: list[float] = []
+        """Of the steps timed last."""
         self.fill_adapter()
 
     def backward(self, points: Sequence[Datapoint]) -> float:
@@ -214,12 +221,17 @@ class Ours(Way):
 
     def turn(self, first: int, steps: int) -> dict[str, float]:
         """Seconds of some steps, those of them spent in the target, and those before a step's rows were there."""
-        data = [self.mine(points) for points in drawn(self.setting, first + steps)[first:]]
+        return self.timed(drawn(self.setting, first + steps)[first:])
+
+    def timed(self, data: Sequence[Sequence[Datapoint]]) -> dict[str, float]:
+        """The same of these steps; leaves their losses in `losses`."""
+        data = [self.mine(points) for points in data]
         collecting = data_wait = 0.0
+        self.losses = []
         self.finish()
         started, cpu = time.perf_counter(), measure.cpu_seconds()
         with self.learner.ready():
-            for begin in range(0, steps, self.config.window):
+            for begin in range(0, len(data), self.config.window):
                 window = data[begin : begin + self.config.window]
                 clock = time.perf_counter()
                 vectors = self.look_ahead([point for points in window for point in points])
@@ -229,7 +241,7 @@ class Ours(Way):
                     clock = time.perf_counter()
                     rows = self.rows(points)
                     data_wait += time.perf_counter() - clock
-                    self.learner.step(rows, vectors, RATE)
+                    self.losses.append(self.learner.step(rows, vectors, RATE).loss)
         self.finish()
         return {
             "seconds": time.perf_counter() - started,

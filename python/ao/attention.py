@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,7 @@ class Documents:
     """For each token of the row its place in the rectangles, one behind the other."""
     bounds: torch.Tensor
     """Where each document begins, and the end of the last, int32 [N + 1]."""
+    _elsewhere: dict[torch.device, Documents] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
@@ -65,6 +66,15 @@ class Documents:
             slots_T=torch.from_numpy(places).to(device),
             bounds=torch.from_numpy(bounds).to(device),
         )
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device; moved there once, as every block of another GPU asks."""
+        if self.bounds.device == device:
+            return self
+        if device not in self._elsewhere:
+            moved = replace(self, slots_T=self.slots_T.to(device), bounds=self.bounds.to(device))
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
 
 def document_attention(

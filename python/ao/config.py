@@ -49,7 +49,8 @@ class ModelConfig(Config):
     """How the frozen weights are held. nf4: bitsandbytes 4-bit NormalFloat with double quantization; nf4-dequantized: the
     same values in bf16, four times the memory and no dequantization at every pass."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:N", or "split": the blocks of a model that does not fit one GPU
+    are spread over all of them, in one process; slower than one replica a GPU, which torchrun makes of "cuda"."""
     attention: Literal["documents", "stock"] = "documents"
     """documents: sequences share a row and do not see each other; stock: padded rows through the library's own attention,
     slower, the reference where the other is in doubt."""

@@ -42,6 +42,8 @@ def inject(
         A new tensor [B, T, D].
     """
     flat = resid_BTD.reshape(-1, resid_BTD.shape[-1])
+    # Of a model on several GPUs the block may lie on another one than the inputs.
+    positions_K, vectors_KD = positions_K.to(flat.device), vectors_KD.to(flat.device)
     vectors = vectors_KD.to(flat.dtype)
     if rule == "replace":
         return flat.index_copy(0, positions_K, vectors).view_as(resid_BTD)

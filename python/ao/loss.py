@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ao.batch import Batch
-from ao.models.arch import Arch, capped_, full_precision, logits
+from ao.models.arch import Arch, capped_, logits, uncapped
 
 CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**23}
 """fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
@@ -106,8 +106,8 @@ class _AnswerLoss(torch.autograd.Function):
         for chunk_KD, ids_K, weights_K in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 chunk_KD = chunk_KD.detach().requires_grad_(ctx.needs_input_grad[0])
-                uncapped_KV = full_precision(arch.head(chunk_KD))
-            # What a linear's gradient needs is its weight, so its result may be written over.
+                uncapped_KV = uncapped(arch, chunk_KD)
+            # What the gradient needs is the head's weight, so its result may be written over.
             logits_KV = capped_(arch, uncapped_KV.detach())
             log_probs_KV = logits_KV.log_softmax(dim=-1)
             total -= (log_probs_KV.gather(1, ids_K[:, None])[:, 0] * weights_K).sum()

@@ -24,7 +24,8 @@ from ao.injection import Injector, check_vectors
 from ao.manifest import require_match
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
-from ao.models.load import fuse_norms, load_model
+from ao.models.fused import fuse
+from ao.models.load import load_model
 from ao.prompt import adapter_folder, framer, num_layers, resolve_layer, special_ids
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
@@ -90,7 +91,7 @@ class Oracle:
             target_revision: of the target.
             load_in_4bit: NF4 with double quantization.
             precision: of the frozen weights; bf16 without one ("demo": fp32).
-            device: "auto", "cpu", "cuda" or "cuda:N".
+            device: as in a recipe: "auto", "cpu", "cuda", "cuda:N", or "split" over all GPUs.
             injection: rule, for an adapter that records none.
 
         Raises:
@@ -127,7 +128,7 @@ class Oracle:
         target_model = load_model(model_config, which="target") if target else model
         check = _ids(text.context(json.dumps("A check of the loaded model.")).ids)
         for each in {id(model): model, id(target_model): target_model}.values():
-            fuse_norms(each)
+            fuse(each)
             check_model(each, archs.find(each), [check])
         load_adapter(model, folder)
         return cls(model=model, target=target_model, config=config, framer=text, special_ids=special_ids(model_config))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ao.config import ModelConfig
 from ao.distributed import Ranks
 from ao.manifest import fingerprint, sync_folder
-from ao.models.load import FOUR_BIT, load_model, named
+from ao.models.load import FOUR_BIT, SPLIT, load_model, named
 from ao.prompt import model_folder
 from ao.user_cache import user_cache
 
@@ -36,13 +36,21 @@ def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> Pr
     quarter of the bytes there. A checkpoint that is quantized already is read by each.
 
     Args:
-        config: names the checkpoint, precision and device.
+        config: names the checkpoint, precision and kind of device; it goes to this rank's own.
         here: this process among its fellows.
         which: "base" or "target".
 
     Raises:
         OSError: the user's cache cannot be written.
+        ValueError: several ranks are to split the model, each over all GPUs.
     """
+    if config.device == SPLIT and here.world > 1:
+        raise ValueError(
+            f'model.device: "split" spreads one replica over all GPUs, and {here.world} ranks were started, each with a '
+            'replica; start one process, or take "cuda"'
+        )
+    if config.device != SPLIT:
+        config = replace(config, device=str(here.device))
     if here.world == 1 or config.precision not in FOUR_BIT:
         return load_model(config, which=which)
     name, revision = named(config, which)

@@ -138,7 +138,7 @@ def collected(
             for layer in sorted(captured):
                 here = indices[wanted.layers[indices] == layer]
                 from_row = start_of[wanted.contexts[here]] + wanted.positions[here]
-                yield layer, here, captured[layer][torch.from_numpy(from_row).to(device)]
+                yield layer, here, captured[layer][torch.from_numpy(from_row).to(captured[layer].device)]
             if progress is not None:
                 progress(sum(lengths[index] for index in row))
 
@@ -200,7 +200,7 @@ def read_vectors(
         for _, here, resid_KD in collected(
             model, arch, contexts, wanted, tokens_per_row=tokens_per_row, progress=progress
         ):
-            vectors_PD[torch.from_numpy(here).to(device)] = resid_KD
+            vectors_PD[torch.from_numpy(here).to(device)] = resid_KD.to(device)
     check_vectors(vectors_PD, "activations of the target")
     return vectors_PD, offsets
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,8 @@ from ao.config import Recipe, TrainConfig, to_dict
 from ao.distributed import Ranks, ranks
 from ao.manifest import finite, read_manifest
 from ao.models import arch as archs
-from ao.models.load import fuse_norms, resolve_device
+from ao.models.fused import fuse
+from ao.models.load import resolve_device
 from ao.plan import Plan, PlanSettings
 from ao.prompt import fingerprints
 from ao.replica import load_replica
@@ -336,9 +337,8 @@ def _plan(
 
 def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The base and the target, which may be one model, checked on a few contexts."""
-    placed = replace(recipe.model, device=str(here.device))
-    model = load_replica(placed, here)
-    target = load_replica(placed, here, which="target") if recipe.model.target else model
+    model = load_replica(recipe.model, here)
+    target = load_replica(recipe.model, here, which="target") if recipe.model.target else model
     widths = [archs.find(each).d_model for each in (model, target)]
     if widths[0] != widths[1]:
         raise ValueError(
@@ -347,7 +347,7 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
         )
     contexts = [dataset[index].context_ids for index in range(min(4, len(dataset)))]
     for each in {id(model): model, id(target): target}.values():
-        fuse_norms(each)
+        fuse(each)
         check_model(each, archs.find(each), contexts)
     return model, target
 

@@ -59,6 +59,8 @@ FAMILIES = {
     "gemma2": {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "gemma3_text": {**SMALL, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "llama": SMALL,
+    "granite": {**SMALL, "logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "cohere": {**SMALL, "logit_scale": 0.25},
     "mistral": {**SMALL, "sliding_window": 6},
     "qwen3": SMALL,
     "qwen3_next": {

@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -672,6 +673,30 @@ def test_ranks_tell_the_speed_of_all_and_the_time_of_the_slowest(monkeypatch: py
     )
     quick = {**record, "seconds": 1, "collect_seconds": 0.5, "writer_seconds": 0.4}
     assert "waiting" not in summary_text("acts", quick)
+
+
+GOLDEN = {
+    "0123456789abcdef-00000-L001.safetensors": "8dfae387f50760c9",
+    "0123456789abcdef-00000-L003.safetensors": "d55aacbeb43b8b14",
+    "0123456789abcdef-00000.index.safetensors": "1e1c05bc13ab074a",
+    "0123456789abcdef-00000.plain.safetensors": "66a724298ba43733",
+    "manifest.json": "53ef0e6a5899fde7",
+}
+
+
+def test_bytes_are_golden(tmp_path: Path) -> None:
+    """Of rows that no model's rounding touches; a change of theirs is a new version of the format."""
+    contexts = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
+    [unit] = every_position(contexts, LAYERS, unit_tokens=40)
+    for kind in (sinks.PlainSink, sinks.CacheSink):
+        sink = kind(tmp_path, "0123456789abcdef", 0, {"model": "golden"}, unit, dtype="BF16", width=4)
+        for layer in LAYERS:
+            indices = np.flatnonzero(unit.wanted.layers == layer)
+            rows_KD = torch.from_numpy(indices[:, None] + np.arange(4)).bfloat16()
+            sink.append(layer, indices, torch.from_numpy(indices.astype(np.float32)), rows_KD)
+        sink.finish()
+    ActivationCache.open(tmp_path).write_manifest()
+    assert {name: hashlib.sha256(found).hexdigest()[:16] for name, found in content(tmp_path).items()} == GOLDEN
 
 
 def test_every_flipped_byte_of_a_plain_file_is_found(recipe: Recipe, tmp_path: Path) -> None:

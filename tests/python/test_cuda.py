@@ -100,3 +100,20 @@ def test_training_takes_a_device_without_a_number(recipe: Recipe, tmp_path: Path
     chosen = replace(recipe, model=replace(recipe.model, precision=precision))
     record = train(chosen, data=recipe.data.out, out=tmp_path / "adapter")
     assert np.isfinite(record["losses"]).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recompute", ["on", "off", "auto"])
+def test_a_split_model_is_the_same_model(recipe: Recipe, tmp_path: Path, recompute: str) -> None:
+    """What is read, and what is learnt of it, in fp32."""
+    losses = {}
+    for device in ("cuda", "split"):
+        model = replace(recipe.model, precision="fp32", device=device)
+        settings = replace(recipe.train, dropout=0.0, recompute=recompute)
+        record = train(replace(recipe, model=model, train=settings), data=recipe.data.out, out=tmp_path / device)
+        losses[device] = record["losses"]
+        collect(model, wanted.units(recipe), out=tmp_path / f"{device}-acts")
+    np.testing.assert_allclose(losses["split"], losses["cuda"], rtol=1e-4)
+    whole, split = (ActivationCache.open(tmp_path / f"{device}-acts") for device in ("cuda", "split"))
+    for layer in whole.layers:
+        np.testing.assert_allclose(split.layer(layer).norms, whole.layer(layer).norms, rtol=1e-4)

@@ -1,12 +1,16 @@
-"""kill -9 at random moments: a build that goes on with `--resume` ends with the bytes of an undisturbed one.
+"""kill -9 at random moments: what goes on ends with the bytes of what was not disturbed, a build with `--resume`, `ao collect`
+as it is.
 
-`AO_KILLS` is the number of kills of a whole build, and twice that of parts and merges; `make soak` raises it.
+`AO_KILLS` is the number of kills of a whole build, and of `ao collect`, and twice that of parts and merges; `make soak`
+raises it.
 """
 
 import itertools
+import json
 import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,3 +153,95 @@ def test_killed_parts_and_a_killed_merge_make_the_same_bytes(build: Build) -> No
         finish(build, out)
     print(f"{kills} kills, {amid} of them with new shards, {merges} of merges")
     assert amid + merges > 0
+
+
+COLLECT = """
+import contextlib, json, os, random, signal, sys, time
+from pathlib import Path
+from ao import cli
+from ao.collect import run, wanted
+
+recipe, root, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+wanted.UNIT_TOKENS = 40
+draws = random.Random(seed)
+
+def start(out):
+    if (process := os.fork()) == 0:
+        sys.stderr = open(root / "err", "w")
+        os._exit(cli.main(["collect", recipe, "--out", str(out)]) or 0)
+    return process
+
+def names(out):
+    with contextlib.suppress(FileNotFoundError):
+        return set(os.listdir(out))
+    return set()
+
+def ended(process):
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+started = time.monotonic()
+assert os.waitpid(start(root / "undisturbed"), 0)[1] == 0, (root / "err").read_text()
+seconds = time.monotonic() - started
+done = amid = turn = 0
+while done < kills:
+    turn += 1
+    out = root / f"killed-{turn}"
+    while True:
+        before, process = names(out), start(out)
+        if done < kills:
+            # Most of the time goes to loading: wait for the first file, then for a while.
+            while not ended(process) and names(out) == before:
+                time.sleep(0.0002)
+            end = time.monotonic() + draws.uniform(0, seconds / 4)
+            while not ended(process) and time.monotonic() < end:
+                time.sleep(0.0002)
+            os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)[1]
+        if status == 0:
+            break
+        assert status == signal.SIGKILL, (root / "err").read_text()
+        done += 1
+        amid += "manifest.json" not in names(out) and bool(names(out))
+print(json.dumps({"kills": done, "amid": amid, "turns": turn}))
+"""
+"""Forks each `ao collect` from a process that has torch loaded already, of which a kill of a second's run would see little else."""
+
+
+@pytest.mark.slow
+def test_a_killed_collect_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    words = itertools.product(("red", "blue", "green"), ("kite", "hat", "boat", "cup"), ("new", "old", "good", "bad"))
+    lines = [
+        json.dumps({"id": f"{number}", "context": f"The {a} {b} is {c}.", "question": "What is it?", "answer": b})
+        for number, (a, b, c) in enumerate(words)
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+[model]
+name = "demo"
+precision = "fp32"
+device = "cpu"
+
+[data]
+out = "{tmp_path}/packed"
+read_depths = [0.25, 0.5]
+sources = [{{ name = "r", kind = "records", path = "{tmp_path}/records.jsonl" }}]
+"""
+    )
+    recipe = str(tmp_path / "recipe.toml")
+    subprocess.run([sys.executable, "-m", "ao", "pack", recipe], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, recipe, str(tmp_path), str(KILLS), str(SEED)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    # The picture's title is the folder's name.
+    expected, *killed = (
+        {name: content for name, content in files(tmp_path / out).items() if name != "norms.png"}
+        for out in ("undisturbed", *(f"killed-{turn}" for turn in range(1, told["turns"] + 1)))
+    )
+    assert len(expected) > 10
+    for number, found in enumerate(killed, 1):
+        assert found == expected, f"killed-{number}"
+    print(f"{told['kills']} kills of ao collect, {told['amid']} of them among units")
+    assert told["amid"] >= max(1, KILLS // 5)

@@ -14,7 +14,7 @@ from ao.models import arch as archs
 from conftest import sequences, small_model
 
 
-@pytest.mark.parametrize("family", ["gemma4_text", "llama", "qwen3_next"])
+@pytest.mark.parametrize("family", ["gemma4_text", "llama", "granite", "cohere", "qwen3_next"])
 @pytest.mark.parametrize("chunk", [2, 2048])
 def test_equals_the_library_loss_on_masked_labels(family, chunk, rng, monkeypatch):
     monkeypatch.setattr(losses, "chunk_of", lambda *_: chunk)

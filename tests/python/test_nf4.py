@@ -25,7 +25,8 @@ from ao.config import ModelConfig
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, load_adapter, save_adapter
-from ao.models.load import fuse_norms, load_model
+from ao.models.fused import fuse
+from ao.models.load import load_model
 from ao.residuals import Read, read_vectors
 from ao.selftest import check_model
 from conftest import GEMMA_4, VISION, sequences
@@ -144,7 +145,7 @@ def test_the_test_above_can_fail(folder, rng):
 def test_four_bits_read_what_their_weights_say(folder):
     """Against a model in bf16 that holds the very weights which the four bits stand for."""
     model, plain = load(folder), load(folder, "bf16")
-    fuse_norms(model)
+    fuse(model)
     for name, layer in quantized(model).items():
         weight = plain.get_submodule(name).weight
         weight.data.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))

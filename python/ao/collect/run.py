@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,9 @@ from ao.distributed import Ranks, ranks
 from ao.manifest import fingerprint
 from ao.models import arch as archs
 from ao.models.adapters import as_oracle, as_target, load_adapter
+from ao.models.fused import fuse
 from ao.models.load import DTYPES as COMPUTED
-from ao.models.load import fuse_norms, resolve_device
+from ao.models.load import resolve_device
 from ao.replica import load_replica
 from ao.residuals import ROW_TYPES, collected
 from ao.selftest import check_model
@@ -94,9 +95,7 @@ def collect(
         tally = Tally(units_before=share.units_before)
         if share.numbers:
             into = partial(PlainSink if plain else CacheSink, out, run, contract=contract, dtype=dtype)
-            target = load_replica(
-                replace(model, device=str(here.device)), here, which="base" if model.target is None else "target"
-            )
+            target = load_replica(model, here, which="base" if model.target is None else "target")
             total = sum(share.units[number].num_tokens for number in share.numbers)
             with _bar(total, here, show=progress) as bar:
                 _run(
@@ -135,7 +134,7 @@ def _run(
 ) -> None:
     """Run the target over a rank's units, each into a sink of its own."""
     arch = archs.find(target)
-    fuse_norms(target)
+    fuse(target)
     contexts = (ids for number in share.numbers for ids in share.units[number].contexts if len(ids))
     check_model(target, arch, list(islice(contexts, 4)))
     wearing: AbstractContextManager[None] = (

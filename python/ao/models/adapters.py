@@ -138,7 +138,8 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> torch.Tensor:
-        a, b = down.to(x.dtype), up.to(x.dtype)
+        # Of a model on several GPUs the adapter lies on the first, in one buffer.
+        a, b = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         dropped, mask, keep = (flat, None, 1.0) if p == 0.0 else _dropout(flat, p)
         low = dropped @ a.t()
@@ -150,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
             assert y is not None
             out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t(), alpha=scaling)
         ctx.save_for_backward(flat, mask, low, a, b, weight)
-        ctx.dtypes = down.dtype, up.dtype
+        ctx.kinds = tuple((each.device, each.dtype) for each in (down, up))
         ctx.scaling, ctx.keep, ctx.shape = scaling, keep, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -160,8 +161,8 @@ class _LoraLinear(torch.autograd.Function):
         gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
         # The factors go into the narrow matrices.
         of_low = (gradient @ b) * (ctx.scaling / ctx.keep)
-        of_up = (gradient.t() @ (low * ctx.scaling)).to(ctx.dtypes[1])
-        of_down = (of_low.t() @ (flat if mask is None else flat * mask)).to(ctx.dtypes[0])
+        of_up = (gradient.t() @ (low * ctx.scaling)).to(*ctx.kinds[1])
+        of_down = (of_low.t() @ (flat if mask is None else flat * mask)).to(*ctx.kinds[0])
         of_x = of_y = None
         if ctx.needs_input_grad[0]:
             of_x = of_low @ a

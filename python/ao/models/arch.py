@@ -42,6 +42,8 @@ class Arch:
     """Width of the residual stream."""
     vocab: int
     """Rows of the head."""
+    logit_scale: float
+    """What the head gives is multiplied by it, before any cap; 1 in most families."""
     softcap: float | None
     """Logits are capped to softcap * tanh(logits / softcap) where the configuration says so."""
     attention_only: bool
@@ -85,6 +87,7 @@ def find(model: PreTrainedModel) -> Arch:
         head=head,
         d_model=config.hidden_size,
         vocab=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
+        logit_scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
         attention_only=_attention_only(config, layers) and not getattr(model, STOCK, False),
     )
@@ -126,17 +129,26 @@ def linear_weights(arch: Arch, *, upto: int | None = None) -> int:
 def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
     """Logits [K, vocab] of final residuals [K, d_model] in fp32, or more where the model has more, soft-capped as it does;
     without a gradient."""
-    return capped_(arch, full_precision(arch.head(resid_KD)))
+    return capped_(arch, uncapped(arch, resid_KD))
 
 
-def full_precision(values: torch.Tensor) -> torch.Tensor:
-    """The same in fp32, or more where they are in more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def uncapped(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
+    """What `logits` caps, with a gradient."""
+    from_head = arch.head(resid_KD)
+    logits_KV = from_head.to(torch.promote_types(from_head.dtype, torch.float32))
+    return logits_KV if arch.logit_scale == 1 else logits_KV * arch.logit_scale
 
 
 def capped_(arch: Arch, logits_KV: torch.Tensor) -> torch.Tensor:
     """Cap logits in place, where the model does: c tanh(x / c)."""
     return logits_KV if arch.softcap is None else logits_KV.div_(arch.softcap).tanh_().mul_(arch.softcap)
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """By the two names that families have for it; the self-test compares with the model's own logits."""
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        return 1 / divisor
+    return getattr(config, "logit_scale", None) or 1.0
 
 
 def _other_tower(name: str) -> bool:

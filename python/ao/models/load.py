@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from ao.config import ModelConfig
-from ao.models import arch
+from ao.models import arch, split
 from ao.prompt import model_folder
 
 DTYPES = {
@@ -31,8 +31,14 @@ TEXT_TOWERS = ("model.language_model.", "language_model.model.", "model.text_mod
 """How the names of a multimodal checkpoint's language model begin."""
 
 
+SPLIT = "split"
+"""The device of a model that is spread over all GPUs."""
+
+
 def resolve_device(device: str) -> torch.device:
-    """The device that a recipe means."""
+    """The device that a recipe means; of a split model the first."""
+    if device == SPLIT:
+        device = "cuda:0"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
@@ -80,6 +86,10 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         setattr(text_config, arch.WHOLE_LAYERS, _layers_in_whole(full_config))
         if (quantized := getattr(full_config, "quantization_config", None)) is not None:
             text_config.quantization_config = _of_text_tower(quantized)
+    if config.device == SPLIT:
+        places = split.device_map(text_config, split.visible())
+    else:
+        places = {"": device} if config.precision in FOUR_BIT or device.type == "cuda" else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -87,7 +97,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
             config=text_config,
             key_mapping=_text_tower_mapping(source, revision) if text_config is not full_config else None,
             dtype=DTYPES[config.precision],
-            device_map={"": device} if config.precision in FOUR_BIT or device.type == "cuda" else None,
+            device_map=places,
             quantization_config=_quantization(full_config) if config.precision in FOUR_BIT else None,
             use_safetensors=True,
             output_loading_info=True,
@@ -107,6 +117,8 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     if left_over:
         raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
     _require_precision(model, config.precision, name)
+    if config.device == SPLIT:
+        split.connect(model)
     if config.precision == "nf4-dequantized":
         dequantize(model)
     setattr(model, arch.STOCK, config.attention == "stock")
@@ -190,49 +202,6 @@ def recompute_blocks(layers: nn.ModuleList, count: int) -> None:
     ones kept is free again."""
     for index, layer in enumerate(layers):
         setattr(layer, "gradient_checkpointing", index < count)  # noqa: B010 - modules declare no such name
-
-
-def fuse_norms(model: nn.Module) -> int:
-    """Let RMS norms run as torch's one fused operation where that gives the same numbers; returns how many.
-
-    A norm is recognized by what it computes: a module whose name ends in RMSNorm, tried on random rows. In half precision
-    the same numbers are those that differ by no more than the last digit, as both sum in fp32 and round at the end.
-
-    Source: the library's norm takes six passes over memory and eight kernels, the fused one two and one.
-    """
-    fused = 0
-    for module in model.modules():
-        if not type(module).__name__.endswith("RMSNorm"):
-            continue
-        weight = getattr(module, "weight", None)
-        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        if eps is None:
-            continue
-        like = weight if weight is not None else next(model.parameters())
-        width = weight.shape[0] if weight is not None else 64
-        if not like.dtype.is_floating_point:
-            continue
-        probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-        with torch.no_grad():
-            expected = module(probe)
-            got = nn.functional.rms_norm(probe, (width,), weight, eps)
-        rtol = 1e-5 if like.dtype == torch.float32 else 1.01 * torch.finfo(like.dtype).eps
-        if got.dtype == expected.dtype and torch.allclose(expected, got, rtol=rtol, atol=1e-6):
-            module.forward = _FusedNorm(module, eps)
-            fused += 1
-    return fused
-
-
-class _FusedNorm:
-    """The forward of a fused norm; the module keeps its weight, so that casting and moving it still work."""
-
-    def __init__(self, module: nn.Module, eps: float) -> None:
-        self.module = module
-        self.eps = eps
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = getattr(self.module, "weight", None)
-        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
 
 
 def _quantization(config: PretrainedConfig) -> object | None:

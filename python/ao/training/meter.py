@@ -106,5 +106,6 @@ class Meter:
 
     def _peak_memory(self) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            # A split base lies on others, too; those that this process leaves alone have none.
+            return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
         return peak_rss_bytes()

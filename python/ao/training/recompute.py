@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ao.batch import lay_out, layout
 from ao.config import TrainConfig
 from ao.loss import chunk_of
+from ao.models import split
 from ao.models.adapters import as_oracle
 from ao.models.arch import Arch
 
@@ -43,6 +44,8 @@ class Recompute:
     """What the loss takes while all of that is there."""
     free_bytes: int = 0
     """What there is for all of it."""
+    at_once: bool = False
+    """Whether it is all blocks or none: where they lie on several devices, recomputing the first ones spares only theirs."""
 
     @property
     def possible(self) -> bool:
@@ -58,6 +61,8 @@ class Recompute:
         missing = self.bytes_per_token - room
         if missing <= 0:
             return 0
+        if self.at_once:
+            return self.num_blocks
         # While a block is computed again, it is there as a whole.
         saved = max(of_block - self.input_bytes_per_token, 1)
         return min(self.num_blocks, int((missing + of_block) // saved) + 1)
@@ -79,6 +84,7 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
     weight: torch.Tensor = arch.head.get_parameter("weight")
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # Not there yet: a flat copy of the adapter's weights, its gradient, and the optimizer's states.
+    devices = split.devices_of(model)
     coming = adapter * (4 + 4 + (2 if config.optimizer == "adamw8bit" else 8))
     return Recompute(
         arch.num_layers,
@@ -86,7 +92,9 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
         input_bytes_per_token=arch.d_model * weight.element_size(),
         # fp32 logits and what cap, softmax and their gradients make of them
         loss_bytes=6 * 4 * chunk_of(arch, device) * arch.vocab,
-        free_bytes=int(_free_bytes(device)) - coming,
+        # As much on each as on the one that has least.
+        free_bytes=len(devices) * int(min(map(_free_bytes, devices))) - coming,
+        at_once=len(devices) > 1,
     )
 
 
@@ -111,7 +119,7 @@ def _kept_bytes(model: PreTrainedModel, arch: Arch, device: torch.device, tokens
     was_training = model.training
     model.train()
     batch = lay_out([np.zeros(tokens, np.int64)], packed=arch.attention_only, device=device)
-    devices = [device] if device.type == "cuda" else []
+    devices = [each for each in split.devices_of(model) if each.type == "cuda"]
     with (
         torch.random.fork_rng(devices=devices),
         layout(model, arch),

@@ -28,7 +28,7 @@ def check_learner(learner: Learner, points: Sequence[Datapoint], vectors: Mappin
     """
     exact = learner.arch.head.weight.dtype == torch.float32 and learner.here.device.type == "cpu"
     weights = learner.weights.detach().clone()
-    devices = [learner.here.device] if learner.here.device.type == "cuda" else []
+    devices = [device for device in learner.devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices):
         try:
             with torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def save_checkpoint(out: Path, learner: Learner, run: Mapping[str, Any]) -> Path
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     here.wait()
-    write_atomic(partial / f"random-{here.rank}.safetensors", serialize(_random_state(here.device)))
+    write_atomic(partial / f"random-{here.rank}.safetensors", serialize(_random_state(learner.devices)))
     if here.first:
         state = _flat(learner.optimizer.state_dict()["state"].get(0, {}))
         numbers = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
@@ -88,8 +88,9 @@ def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
         learner.optimizer.load_state_dict({"state": {0: _nested(state)}, "param_groups": groups})
     random = load_file(folder / f"random-{here.rank}.safetensors")
     torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], here.device)
+    for device in learner.devices:
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(random[_of_device(device, learner.devices)], device)
     return run
 
 
@@ -157,8 +158,14 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def _random_state(devices: Sequence[torch.device]) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    for device in devices:
+        if device.type == "cuda":
+            state[_of_device(device, devices)] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _of_device(device: torch.device, devices: Sequence[torch.device]) -> str:
+    """Its name in a checkpoint, which another GPU may go on with: that of its place among those of the base."""
+    return f"cuda.{devices.index(device)}"

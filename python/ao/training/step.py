@@ -21,6 +21,7 @@ from ao.distributed import Ranks
 from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
+from ao.models import split
 from ao.models.adapters import add_adapter, as_oracle, lean_forward
 from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks, recompute_runs_hooks
 from ao.shards import Datapoint
@@ -76,6 +77,8 @@ class Learner:
         self.config = config
         self.here = here
         self.recompute = recompute
+        self.devices = split.devices_of(model)
+        """The base's; more than one where it is split."""
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
 
@@ -216,7 +219,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def _flatten(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, torch.Tensor]:
     """Make parameters views of one flat buffer, and their gradients of another: one reduction and one optimizer kernel
     instead of one for each of hundreds of small tensors."""
-    flat = torch.nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    device = parameters[0].device
+    flat = torch.nn.Parameter(torch.cat([parameter.detach().flatten().to(device) for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
     first = 0
     for parameter in parameters:

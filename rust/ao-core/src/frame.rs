@@ -238,6 +238,9 @@ impl Framer {
             readable.extend((tokens.start.max(next)..tokens.end).map(|at| at as i32));
             next = next.max(tokens.end);
         }
+        if read.is_empty() {
+            return Err(Error::input("\"read\" is an empty list; name at least one span, or leave it out"));
+        }
         if readable.is_empty() {
             return Err(Error::input(
                 "\"read\" selects no token: the template shows nothing of what it spans (it cuts outer white space); give \

@@ -27,7 +27,7 @@ impl Documents {
         let found = KeyOf(&self.text)
             .deserialize(&mut reader)
             .and_then(|found| reader.end().map(|()| found))
-            .map_err(|error| place.not_read(&error))?;
+            .map_err(|error| place.not_read(&error, None))?;
         let context = match found {
             // A table has its columns in every row: what is not there is a null.
             None if place.table.unit != RowUnit::Row => {

@@ -318,16 +318,24 @@ impl RowPlace<'_> {
 
     /// The row as `T`.
     fn parse<T: DeserializeOwned>(&self, row: &[u8]) -> Result<T> {
-        serde_json::from_slice(row).map_err(|error| self.not_read(&error))
+        serde_json::from_slice(row).map_err(|error| {
+            // Read again with an eye on the path, which takes longer.
+            let again = serde_path_to_error::deserialize::<_, T>(&mut serde_json::Deserializer::from_slice(row));
+            let path = again.err().map(|error| error.path().to_string());
+            self.not_read(&error, path.as_deref())
+        })
     }
 
-    /// What serde has to say, without its own idea of lines: a row is one.
-    fn not_read(&self, error: &serde_json::Error) -> Error {
+    /// What serde has to say, without its own idea of lines: a row is one. It names the field only where it is unknown.
+    fn not_read(&self, error: &serde_json::Error, path: Option<&str>) -> Error {
         let text = error.to_string();
         let at = format!(" at line {} column {}", error.line(), error.column());
         let what = text.strip_suffix(&at).unwrap_or(&text);
         match error.classify() {
-            serde_json::error::Category::Data => self.error("bad_field", what),
+            serde_json::error::Category::Data => match path.filter(|path| *path != "." && !what.contains(path)) {
+                Some(path) => self.error("bad_field", format!("in \"{path}\": {what}")),
+                None => self.error("bad_field", what),
+            },
             _ => self.error("not_json", format!("not JSON, from column {} on: {what}", error.column())),
         }
     }
