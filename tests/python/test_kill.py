@@ -179,9 +179,16 @@ def names(out):
 def ended(process):
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-started = time.monotonic()
-assert os.waitpid(start(root / "undisturbed"), 0)[1] == 0, (root / "err").read_text()
-seconds = time.monotonic() - started
+def waited(process, reached):
+    while not ended(process) and not reached():
+        time.sleep(0.0002)
+    return time.monotonic()
+
+out = root / "undisturbed"
+process = start(out)
+begun = waited(process, lambda: names(out))
+seconds = waited(process, lambda: "manifest.json" in names(out)) - begun
+assert os.waitpid(process, 0)[1] == 0, (root / "err").read_text()
 done = amid = turn = 0
 while done < kills:
     turn += 1
@@ -190,11 +197,8 @@ while done < kills:
         before, process = names(out), start(out)
         if done < kills:
             # Most of the time goes to loading: wait for the first file, then for a while.
-            while not ended(process) and names(out) == before:
-                time.sleep(0.0002)
-            end = time.monotonic() + draws.uniform(0, seconds / 4)
-            while not ended(process) and time.monotonic() < end:
-                time.sleep(0.0002)
+            end = waited(process, lambda: names(out) != before) + draws.uniform(0, 1.2 * seconds)
+            waited(process, lambda: time.monotonic() >= end)
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if status == 0:
@@ -209,10 +213,10 @@ print(json.dumps({"kills": done, "amid": amid, "turns": turn}))
 
 @pytest.mark.slow
 def test_a_killed_collect_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    words = itertools.product(("red", "blue", "green"), ("kite", "hat", "boat", "cup"), ("new", "old", "good", "bad"))
+    words = itertools.permutations(("kite", "hat", "boat", "cup", "red", "blue", "green"), 3)
     lines = [
-        json.dumps({"id": f"{number}", "context": f"The {a} {b} is {c}.", "question": "What is it?", "answer": b})
-        for number, (a, b, c) in enumerate(words)
+        json.dumps({"id": f"{number}", "context": " ".join(three), "question": "What is it?", "answer": three[0]})
+        for number, three in enumerate(words)
     ]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
     (tmp_path / "recipe.toml").write_text(
