@@ -162,7 +162,7 @@ from ao import cli
 from ao.collect import run, wanted
 
 recipe, root, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-wanted.UNIT_TOKENS = 40
+wanted.UNIT_TOKENS = 15
 draws = random.Random(seed)
 
 def start(out):
@@ -197,7 +197,7 @@ while done < kills:
         before, process = names(out), start(out)
         if done < kills:
             # Most of the time goes to loading: wait for the first file, then for a while.
-            end = waited(process, lambda: names(out) != before) + draws.uniform(0, 1.2 * seconds)
+            end = waited(process, lambda: names(out) != before) + draws.uniform(0, 0.8 * seconds)
             waited(process, lambda: time.monotonic() >= end)
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
