@@ -144,6 +144,8 @@ def _rectangle(
     """Causal attention of documents side by side: [N, H, S, E] of queries, [N, G, S, E] of keys and values."""
     if softcap is not None:
         return _capped_attention(query, key, value, scaling, window, softcap)
+    if query.is_cuda and _is_short(query, window):
+        return _short_attention(query, key, value, scaling)
     if query.is_cuda and query.shape[-1] > VARLEN_HEAD and key.shape[1] != query.shape[1]:
         # With grouped heads of this width SDPA falls back to the kernel that holds every score.
         groups = query.shape[1] // key.shape[1]
@@ -255,6 +257,34 @@ def _banded_attention(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return output.unflatten(0, (num, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _is_short(query: torch.Tensor, window: int | None) -> bool:
+    """Whether there is no ragged kernel for these heads, and the scores are fewer than the values of the queries."""
+    length, width = query.shape[2:]
+    inside = window is None or length <= window
+    return (
+        width > VARLEN_HEAD and length <= width and inside and not query.requires_grad and query.dtype != torch.float32
+    )
+
+
+def _short_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Two products and a softmax: the kernels that hold no scores are slow for wide heads, and want keys and values of
+    grouped heads repeated. Scores are kept in fp32, as those kernels do; without a gradient."""
+    (num, heads, length, width), grouped = query.shape, key.shape[1]
+    # All heads of a group are one long block of queries.
+    rows = query.reshape(num * grouped, heads // grouped * length, width)
+    key, value = (states.reshape(num * grouped, length, width) for states in (key, value))
+    if query.is_cuda:
+        scores = torch.bmm(rows, key.transpose(1, 2), out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(rows.float(), key.transpose(1, 2).float())
+    scores = scores.view(-1, length, length).mul_(width**-0.5 if scaling is None else scaling)
+    scores.masked_fill_(~_band(length, None, query.device), float("-inf"))
+    weights = scores.softmax(dim=-1).to(value.dtype).view(num * grouped, -1, length)
+    return torch.bmm(weights, value).view(num, heads, length, width)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -77,6 +77,11 @@ def test_attention_equals_that_of_each_document_alone(width: int, kv_heads: int,
     weights = torch.randn_like(ours, dtype=torch.float32)
     gradients = torch.autograd.grad((ours.float() * weights).sum(), states)
     plain = one_by_one(query, key, value, window)
+    with torch.no_grad():
+        read, _ = document_attention(
+            module, *(each.detach() for each in states), None, sliding_window=window, documents=documents
+        )
+    torch.testing.assert_close(read.float(), plain, atol=2e-2, rtol=2e-2)
     expected = torch.autograd.grad((plain * weights).sum(), states)
     torch.testing.assert_close(ours.float(), plain, atol=2e-2, rtol=2e-2)
     for mine, its in zip(gradients, expected, strict=True):

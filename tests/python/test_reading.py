@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from ao.attention import Documents, document_attention, packed_rows
+from ao.attention import Documents, _short_attention, document_attention, packed_rows
 from ao.batch import lay_out, layout, rows_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target
@@ -67,6 +68,15 @@ def test_attention_that_is_not_implemented_names_the_remedy():
     states, documents = torch.ones(1, 1, 3, 8), Documents.of([3], torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r'sinks .* not implemented; set `attention = "stock"` under \[model\]'):
         document_attention(torch.nn.Module(), *[states] * 3, None, documents=documents, s_aux=torch.ones(1))
+
+
+@pytest.mark.parametrize("grouped", [1, 2, 6])
+@pytest.mark.parametrize("scaling", [None, 1.0])
+def test_short_attention_is_attention(grouped, scaling):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 7, 16) for heads in (6, grouped, grouped))
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    torch.testing.assert_close(_short_attention(query, key, value, scaling), expected)
 
 
 def test_layer_k_is_hidden_states_k_plus_1(gemma, rng):

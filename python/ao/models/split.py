@@ -57,6 +57,8 @@ def connect(model: PreTrainedModel) -> None:
     leave what is inside to be fused and adapted.
     """
     remove_hook_from_submodules(model)
+    # The adapter's gradient comes from every device to the first, which torch takes for an oversight.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     found = archs.find(model)
     for layer in found.layers:
         layer.register_forward_pre_hook(_moving_to(next(layer.parameters()).device), with_kwargs=True)
