@@ -24,7 +24,7 @@ from ao.config import TrainConfig
 from ao.distributed import Ranks, launch, ranks
 from ao.models import arch as archs
 from ao.models.fused import fuse
-from ao.models.split import connect, device_map, visible
+from ao.models.split import connect, device_map, devices_of, visible
 from ao.shards import Datapoint
 from ao.training.lookahead import look_ahead
 from ao.training.meter import PEAK_FLOPS
@@ -81,6 +81,11 @@ class Way:
         self.setting, self.here = setting, here
         precision = setting.residency if isinstance(self, Ours) else setting.precision
         self.model: Any = built(SHAPES[setting.shape].settings, precision, here.device)
+        if isinstance(self, Ours) and setting.split:
+            for name, device in device_map(self.model.config, visible()).items():
+                self.model.get_submodule(name).to(device)
+            connect(self.model)
+        self.devices = devices_of(self.model)
         self.arch = archs.find(self.model)
         linear_parameters = archs.linear_weights(self.arch)
         peak_flops, peak_from = peak_of(here.device, setting.threads)
@@ -89,7 +94,7 @@ class Way:
             "parameters": linear_parameters + self.arch.vocab * self.arch.d_model,
             "blocks": self.arch.num_layers,
             "where": where(here.device),
-            "devices": here.world if here.device.type == "cuda" else 1,
+            "devices": here.world * len(self.devices) if here.device.type == "cuda" else 1,
             "peak_flops": peak_flops,
             "peak_from": peak_from,
         }
@@ -99,15 +104,17 @@ class Way:
         """Memory counts from here."""
         if self.here.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
+            for device in self.devices:
+                torch.cuda.reset_peak_memory_stats(device)
+            self._before = max(map(torch.cuda.memory_allocated, self.devices))
         else:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
             self._before = measure.rss_bytes()
 
     def memory(self) -> dict[str, float]:
-        """Greatest memory of this process, and how much of it came after the model was built."""
-        peak = torch.cuda.max_memory_allocated() if self.here.device.type == "cuda" else measure.peak_rss_bytes()
+        """Greatest memory of this process, on one device, and how much of it came after the model was built."""
+        on_gpu = self.here.device.type == "cuda"
+        peak = max(map(torch.cuda.max_memory_allocated, self.devices)) if on_gpu else measure.peak_rss_bytes()
         return {"peak": peak, "over_model": peak - self._before}
 
     def gradient(self, to: str, *, by_length: bool = False) -> dict[str, Any]:
@@ -192,10 +199,6 @@ class Ours(Way):
 
     def __init__(self, setting: Setting, here: Ranks) -> None:
         super().__init__(setting, here)
-        if setting.split:
-            for name, device in device_map(self.model.config, visible()).items():
-                self.model.get_submodule(name).to(device)
-            connect(self.model)
         fuse(self.model)
         self.config = TrainConfig(
             learning_rate=RATE,

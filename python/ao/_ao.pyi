@@ -332,8 +332,12 @@ class ActivationReader:
 def context_keys(ids: Buffer) -> bytes:
     """For each of int32 [n] ids the key of its position, uint64 [n, 2]: upper and lower half of a chained xxh3-128."""
 
-def activation_index(path: str | PathLike[str]) -> tuple[str, list[tuple[str, str, tuple[int, ...], int]]]:
-    """What a unit's index says of it, as canonical JSON, and name, type, shape and byte offset of its arrays."""
+def activation_units(indexes: Sequence[str | PathLike[str]]) -> list[tuple[str, str, str, int, dict[int, int]]]:
+    """Of each unit what its index says, as canonical JSON, what a cache's units have in common (contract, dtype, width), as
+    canonical JSON, its run, its number, and its rows by layer. Headers alone are read, by several threads."""
+
+def activation_arrays(index: str | PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Name, type, shape and byte offset of the arrays of a unit's index."""
 
 def verify_activations(index: str | PathLike[str]) -> None:
     """Check every byte of a unit against its index.

@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from ao import _ao
+from ao.cache_files import HEADER_BYTES, INDEX, NUMPY, CachedUnit, index_name, open_rows
 from ao.config import ModelConfig
-from ao.manifest import adapter_fingerprint, canonical_json, read_manifest, require_match, write_atomic
+from ao.manifest import adapter_fingerprint, canonical_json, require_match, write_atomic
 from ao.prompt import framer, identity, model_folder, target_of
 
 SCHEMA = 1
 """Version of manifest, indexes and headers."""
-HEADER_BYTES = 4096
-"""Bytes of a file before its first row."""
-INDEX = "*.index.safetensors"
-"""The indexes of a folder."""
-PLAIN = "*.plain.safetensors"
-"""The plain files of a folder, which other tools read."""
 MODES = ("auto", "warm", "hinted", "direct")
 """How rows are gathered. warm: through the page cache; hinted: all announced to it first; direct: past it, several at once;
 auto: one of these, by whether a few of the rows are in the page cache."""
@@ -41,8 +35,6 @@ KEPT_MAPPED = 64
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """Of the norms of a layer, in the manifest."""
 
-_FILE = re.compile(r"([0-9a-f]{16})-(\d{5,})(?:-L\d{3,}|\.(index|plain))\.safetensors")
-_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
 
 Mode = Literal["auto", "warm", "hinted", "direct"]
 
@@ -79,77 +71,10 @@ def context_keys(context_ids: np.ndarray) -> np.ndarray:
     return np.frombuffer(_ao.context_keys(ids), dtype=np.uint64).reshape(-1, 2)
 
 
-class UnitFile(NamedTuple):
-    """What the name of a unit's file says."""
-
-    run: str
-    unit: int
-    kind: str
-    """rows, index or plain."""
-
-    @classmethod
-    def named(cls, name: str) -> UnitFile | None:
-        """Read the name of a file that `ao collect` wrote; other files give nothing."""
-        match = _FILE.fullmatch(name)
-        return match and cls(match[1], int(match[2]), match[3] or "rows")
-
-
-def rows_name(run: str, unit: int, layer: int) -> str:
-    """Name of the file of a layer's rows."""
-    return f"{run}-{unit:05d}-L{layer:03d}.safetensors"
-
-
-def index_name(run: str, unit: int) -> str:
-    """Name of a unit's index."""
-    return f"{run}-{unit:05d}{INDEX.removeprefix('*')}"
-
-
-def plain_name(run: str, unit: int) -> str:
-    """Name of a unit's plain file."""
-    return f"{run}-{unit:05d}{PLAIN.removeprefix('*')}"
-
-
-class _Unit:
-    """One index, its header read."""
-
-    def __init__(self, path: Path) -> None:
-        about, self._layout = _ao.activation_index(path)
-        self.path = path
-        self.about: dict[str, Any] = json.loads(about)
-
-    @property
-    def rows(self) -> dict[int, int]:
-        return {int(layer): count for layer, count in self.about["rows"].items() if count}
-
-    def file(self, layer: int) -> Path:
-        return self.path.with_name(rows_name(self.about["run"], self.about["unit"], layer))
-
-    def require_files(self) -> None:
-        for layer, rows in self.rows.items():
-            _open_rows([self.file(layer)], rows, layer=layer, dtype=self.about["dtype"], width=self.about["width"])
-
-    def array(self, name: str, layer: int) -> np.ndarray:
-        # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
-        for found, dtype, shape, offset in self._layout:
-            if found == f"{name}.{layer}":
-                return np.fromfile(self.path, _NUMPY[dtype], count=shape[0], offset=offset)
-        raise KeyError(f"{self.path}: no array {name}.{layer}")
-
-
-def _open_rows(paths: list[Path], rows: int, *, layer: int, dtype: str, width: int) -> _ao.ActivationReader:
-    reader = _ao.ActivationReader(paths, dtype=dtype, width=width)
-    if len(reader) != rows:
-        raise ValueError(
-            f"{paths[0].parent}: layer {layer}: the files hold {len(reader)} rows, their indexes list {rows}; ao inspect "
-            "--verify names what is damaged"
-        )
-    return reader
-
-
 class CachedLayer:
     """The rows of one layer, numbered over all units."""
 
-    def __init__(self, layer: int, units: Sequence[_Unit], *, dtype: str, width: int) -> None:
+    def __init__(self, layer: int, units: Sequence[CachedUnit], *, dtype: str, width: int) -> None:
         self.layer = layer
         self.dtype = dtype
         """BF16, F16 or F32."""
@@ -171,7 +96,7 @@ class CachedLayer:
         if isinstance(which, slice):
             start, stop, step = which.indices(len(self))
             if step == 1 and stop <= start:
-                return np.empty((0, self.width), dtype=_NUMPY[self.dtype])
+                return np.empty((0, self.width), dtype=NUMPY[self.dtype])
             unit = self._unit(start) if start < len(self) else 0
             if step != 1 or stop > self._starts[unit + 1]:
                 raise IndexError(
@@ -193,7 +118,7 @@ class CachedLayer:
         if unit not in self._views:
             path = self._units[unit].file(self.layer)
             shape = (self._units[unit].rows[self.layer], self.width)
-            dtype = np.dtype(_NUMPY[self.dtype])
+            dtype = np.dtype(NUMPY[self.dtype])
             # A mapping beyond the end of a file kills the process that touches it, and another layer's rows look like these.
             self.require_files()
             with open(path, "rb") as file:
@@ -208,7 +133,7 @@ class CachedLayer:
     @cached_property
     def _reader(self) -> _ao.ActivationReader:
         paths = [unit.file(self.layer) for unit in self._units]
-        return _open_rows(paths, len(self), layer=self.layer, dtype=self.dtype, width=self.width)
+        return open_rows(paths, len(self), layer=self.layer, dtype=self.dtype, width=self.width)
 
     def require_files(self) -> None:
         """Refuse files that are missing, cut, or another's; their rows are not read.
@@ -285,7 +210,7 @@ class CachedLayer:
         """
         rows = self._checked(rows)
         if out is None:
-            out = np.empty((len(rows), self.width), dtype=_NUMPY[self.dtype])
+            out = np.empty((len(rows), self.width), dtype=NUMPY[self.dtype])
         if tuple(out.shape) != (len(rows), self.width):
             raise ValueError(f"out: expected the shape {[len(rows), self.width]}, got {list(out.shape)}")
         self._reader.gather(rows, bits_of(out, self.dtype, "out"), mode=mode)
@@ -332,16 +257,16 @@ def bits_of(values: Any, dtype: str, name: str) -> np.ndarray:
         if not isinstance(values, torch.Tensor) or values.dtype != expected or values.device.type != "cpu":
             found = f"{values.dtype} on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
             raise ValueError(f"{name}: expected an array, or a CPU tensor of {expected}, got {found}")
-        return values.detach().view(torch.int32 if dtype == "F32" else torch.int16).numpy().view(_NUMPY[dtype])
-    if values.dtype != np.dtype(_NUMPY[dtype]):
-        raise ValueError(f"{name}: expected {np.dtype(_NUMPY[dtype])} for {dtype}, got {values.dtype}")
+        return values.detach().view(torch.int32 if dtype == "F32" else torch.int16).numpy().view(NUMPY[dtype])
+    if values.dtype != np.dtype(NUMPY[dtype]):
+        raise ValueError(f"{name}: expected {np.dtype(NUMPY[dtype])} for {dtype}, got {values.dtype}")
     return values
 
 
 class ActivationCache:
     """A folder of units, as layers of rows."""
 
-    def __init__(self, folder: Path, units: Sequence[_Unit]) -> None:
+    def __init__(self, folder: Path, units: Sequence[CachedUnit]) -> None:
         self.folder = folder
         self.units = units
         first = units[0].about
@@ -352,13 +277,13 @@ class ActivationCache:
         self.width: int = first["width"]
         """d_model."""
         for unit in units:
-            own = {name: unit.about[name] for name in ("contract", "dtype", "width")}
-            require_match(
-                f"{unit.path}: of the cache in {folder}",
-                expected={"contract": self.contract, "dtype": self.dtype, "width": self.width},
-                got=own,
-                remedy="give each target a cache of its own, and move this unit there",
-            )
+            if unit.common != units[0].common:
+                require_match(
+                    f"{unit.path}: of the cache in {folder}",
+                    expected=json.loads(units[0].common),
+                    got=json.loads(unit.common),
+                    remedy="give each target a cache of its own, and move this unit there",
+                )
         self._layers: dict[int, CachedLayer] = {}
 
     @classmethod
@@ -393,7 +318,7 @@ class ActivationCache:
             indexes = [index for index in indexes if not index.name.startswith(f"{without}-")]
         if not indexes:
             raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
-        cache = cls(folder, [_Unit(index) for index in indexes])
+        cache = cls(folder, CachedUnit.all(indexes))
         if contract is not None:
             require_match(
                 f"{folder}: collected from",
@@ -446,7 +371,7 @@ class ActivationCache:
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(keys):
             raise IndexError(f"positions {positions.min()}..{positions.max()} of a context of {len(keys)} tokens")
         keys = keys[positions.astype(np.int64)]
-        out = np.empty((len(keys), self.width), dtype=_NUMPY[self.dtype])
+        out = np.empty((len(keys), self.width), dtype=NUMPY[self.dtype])
         for layer in np.unique(layers).tolist():
             here = np.flatnonzero(layers == layer)
             rows = self.layer(layer).find(keys[here])
@@ -491,64 +416,3 @@ def norm_statistics(norms: np.ndarray) -> dict[str, Any]:
         statistics["mean"] = float(finite.mean())
         statistics["quantiles"] = dict(zip(map(str, QUANTILES), np.quantile(finite, QUANTILES).tolist(), strict=True))
     return statistics
-
-
-def unlisted(path: str | Path) -> list[Path]:
-    """Files of rows that no index lists: they are about to get theirs, or their writer was killed before it wrote it."""
-    folder = Path(path)
-    files = sorted(folder.glob("*.safetensors"))
-    rows = {file.name: file for file in files if (of := UnitFile.named(file.name)) and of.kind == "rows"}
-    for index in folder.glob(INDEX):
-        try:
-            unit = _Unit(index)
-            listed = {unit.file(layer).name for layer in unit.rows}
-        except (ValueError, OSError):
-            # What it lists nobody can tell.
-            listed = {name for name in rows if name.startswith(f"{index.name.removesuffix(INDEX[1:])}-")}
-        rows = {name: file for name, file in rows.items() if name not in listed}
-    return list(rows.values())
-
-
-def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: None) -> list[str]:
-    """Check every byte of a cache; returns what is wrong, a line each.
-
-    Args:
-        path: The folder.
-        step: Is told of each unit that is done, with a 1.
-
-    Raises:
-        FileNotFoundError: there is no unit.
-    """
-    folder = Path(path)
-    problems = []
-    # Looked at again at the end, when the index of what was about to get one is there.
-    rows_before = unlisted(folder)
-    indexes = sorted(folder.glob(INDEX))
-    if not indexes:
-        raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
-    for index in indexes:
-        try:
-            _ao.verify_activations(index)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-        step(1)
-    problems += [
-        f"{file}: no index lists its rows, so nobody reads them; run the same ao collect again, or remove it"
-        for file in unlisted(folder)
-        if file in rows_before
-    ]
-    if (folder / "manifest.json").is_file():
-        try:
-            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
-        there = {index.name: index for index in indexes}
-        problems += [
-            f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))
-        ]
-        problems += [
-            f"{path}: not the file that manifest.json lists; run ao collect again"
-            for name, path in there.items()
-            if name in listed and _ao.input_digest(str(path)) != listed[name]
-        ]
-    return problems

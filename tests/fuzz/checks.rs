@@ -248,8 +248,9 @@ pub fn activations(data: &[u8]) {
     let is_proved = index::verify(index).is_ok();
     match index::layout(index) {
         Err(_) => assert!(!is_proved),
-        Ok((about, arrays)) => {
-            let about: Value = serde_json::from_str(&about).expect("what an index says is JSON");
+        Ok(arrays) => {
+            let summary = index::summaries(std::slice::from_ref(index)).expect("its header is sound").remove(0);
+            let about: Value = serde_json::from_str(&summary.about).expect("what an index says is JSON");
             let size = std::fs::metadata(index).expect("it is there").len();
             for array in arrays {
                 let width = array.dtype[1..].parse::<u64>().expect("a type and its bits") / 8;

@@ -23,7 +23,8 @@ import xxhash
 
 import small_disk
 from ao import _ao
-from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, contract_of, norm_statistics, verify
+from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, contract_of, norm_statistics
+from ao.cache_files import verify
 from ao.config import ModelConfig
 from ao.manifest import canonical_json
 from ao.prompt import model_folder

@@ -23,16 +23,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from ao import cli
-from ao.cache import (
-    ActivationCache,
-    UnitFile,
-    context_keys,
-    contract_of,
-    index_name,
-    plain_name,
-    rows_name,
-    verify,
-)
+from ao.cache import ActivationCache, context_keys, contract_of
+from ao.cache_files import UnitFile, index_name, plain_name, rows_name, verify
 from ao.collect import run, sinks, wanted
 from ao.collect.handover import Handover
 from ao.collect.imported import import_tensor

@@ -323,6 +323,7 @@ fn each_kind_of_damage_is_named() {
         std::fs::write(&index, &sound[..length]).unwrap();
         refused(index::verify(&index));
         refused(index::layout(&index));
+        refused(index::summaries(std::slice::from_ref(&index)));
     }
     std::fs::write(&index, [&sound[..], b"\0"].concat()).unwrap();
     assert!(refused(index::layout(&index)).contains("damaged: expected"));
@@ -534,4 +535,26 @@ fn a_folder_in_memory() {
         let each = unit.row.bytes();
         assert!(out == [&expected[&1][49 * each..], &expected[&1][..each]].concat());
     }
+}
+
+/// By several threads, in the order that was asked for.
+#[test]
+fn many_headers_are_summarized() {
+    let folder = tempfile::tempdir().unwrap();
+    let units: Vec<Unit> = (0..70).map(|number| unit(number, "F16", 2 + number as usize % 2)).collect();
+    let paths: Vec<PathBuf> =
+        units.iter().map(|unit| write(folder.path(), unit, &[(1, 1 + unit.number as usize), (3, 2)], 9).0).collect();
+    let found = index::summaries(&paths).unwrap();
+    for ((summary, unit), path) in found.iter().zip(&units).zip(&paths) {
+        assert_eq!(&index::summaries(std::slice::from_ref(path)).unwrap()[0], summary);
+        assert_eq!((summary.run.as_str(), summary.number), ("0123abcd", unit.number));
+        assert_eq!(summary.rows, BTreeMap::from([(1, 1 + unit.number as usize), (3, 2)]));
+        let about: Value = serde_json::from_str(&summary.about).unwrap();
+        let common: Value = serde_json::from_str(&summary.common).unwrap();
+        assert_eq!(common, json!({"contract": about["contract"], "dtype": "F16", "width": unit.row.width}));
+    }
+    assert_eq!(found.len(), 70);
+    assert!(index::summaries(&[]).unwrap().is_empty());
+    std::fs::write(&paths[66], b"cut").unwrap();
+    assert!(refused(index::summaries(&paths)).contains("0123abcd-00066.index"));
 }

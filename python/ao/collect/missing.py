@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ao.cache import INDEX, PLAIN, ActivationCache, UnitFile, unlisted
+from ao.cache import ActivationCache
+from ao.cache_files import INDEX, PLAIN, UnitFile, unlisted
 from ao.collect.wanted import Unit, Units
 from ao.distributed import Ranks
 

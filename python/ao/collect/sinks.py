@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as serialize
 
-from ao.cache import ActivationCache, plain_name
+from ao.cache import ActivationCache
+from ao.cache_files import plain_name
 from ao.cache_writer import CacheWriter
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, with_own_digest, write_atomic

@@ -11,8 +11,9 @@ from typing import Any
 
 from ao import _ao
 from ao._ao import Framer
-from ao.cache import PLAIN, ActivationCache
-from ao.cache import verify as verify_cache
+from ao.cache import ActivationCache
+from ao.cache_files import PLAIN
+from ao.cache_files import verify as verify_cache
 from ao.inspection.found import KINDS, Found, find
 from ao.inspection.rows import Style, described, row_text
 from ao.inspection.verify import Verified, build_problems, verify

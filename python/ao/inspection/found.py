@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ao.cache import INDEX, PLAIN, ActivationCache, unlisted
+from ao.cache import ActivationCache
+from ao.cache_files import INDEX, PLAIN, unlisted
 from ao.manifest import read_manifest, require_match
 from ao.packed import data_manifest
 from ao.shards import PackedDataset

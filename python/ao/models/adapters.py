@@ -89,22 +89,25 @@ def _trial(model: PreTrainedModel, names: list[str]) -> set[str]:
     return adapted & set(names)
 
 
-def lean_forward(peft: nn.Module) -> int:
-    """Let LoRA layers compute in the base's own precision and keep little; returns how many.
+def lean_forward(peft: nn.Module) -> list[LeanLora]:
+    """Let LoRA layers compute in the base's own precision and keep little; returns their forwards.
 
     PEFT's forward casts the whole input to the adapter's fp32, looks at every adapter at every call, and keeps a dropped-out
     copy of every input. Here the two small matrices are cast instead, so weights and their gradients stay fp32, and of the
     dropout only its mask is kept. Where base and adapter agree in precision the numbers are the same.
     """
-    layers = [module for module in peft.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
+    found = []
+    for layer in peft.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
         if not isinstance(layer, nn.Module) or set(layer.lora_A) != {NAME}:
             raise ValueError(f"LoRA layers carry the adapters {sorted(layer.lora_A)}, expected only {NAME!r}")
-        layer.forward = _LeanLora(layer)
-    return len(layers)
+        layer.forward = LeanLora(layer)
+        found.append(layer.forward)
+    return found
 
 
-class _LeanLora:
+class LeanLora:
     """The forward of a LoRA layer with one adapter; the layer keeps its weights and its switch."""
 
     def __init__(self, layer: Any) -> None:
@@ -113,14 +116,20 @@ class _LeanLora:
         self.down, self.up = layer.lora_A[NAME], layer.lora_B[NAME]
         self.dropout = layer.lora_dropout[NAME]
         self.scaling = layer.scaling[NAME]
+        self.cast: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Both matrices as they are multiplied, on the device of the base, where somebody keeps them so and their gradients
+        too; else they are cast at every call."""
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output."""
         if self.layer.disable_adapters:
             return self.base(x)
         p = self.dropout.p if self.layer.training and isinstance(self.dropout, nn.Dropout) else 0.0
         is_plain = type(self.base) is nn.Linear and self.base.bias is None and not self.base.weight.requires_grad
         # A plain linear's product is made, and its gradient added up, in the kernels of the LoRA's own.
         weight, y = (self.base.weight, None) if is_plain else (None, self.base(x))
+        if self.cast is not None:
+            return _CastLoraLinear.apply(x, y, weight, self.down.weight, self.up.weight, *self.cast, self.scaling, p)
         return _LoraLinear.apply(x, y, weight, self.down.weight, self.up.weight, self.scaling, p)
 
 
@@ -174,6 +183,56 @@ class _LoraLinear(torch.autograd.Function):
         if weight is None:
             of_y = upstream[0]
         return of_x, of_y, None, of_down, of_up, None, None
+
+
+class _CastLoraLinear(torch.autograd.Function):
+    """The same of matrices `a` and `b` that are cast already, on a GPU, in little more than half the kernels: a step of a few
+    hundred tokens waits for launches. The gradients of both are added to what the parameters have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        down: nn.Parameter,
+        up: nn.Parameter,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        dropped, mask = (flat, None) if p == 0.0 else torch.native_dropout(flat, p, True)
+        low = dropped @ a.t()
+        y = flat @ weight.t() if y is None else y.reshape(-1, y.shape[-1])
+        out = torch.addmm(y, low, b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, mask, low, a, b, weight)
+        ctx.parameters, ctx.shape = (down, up), x.shape
+        ctx.scaling, ctx.per_kept = scaling, 1 / (1 - p)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
+        flat, mask, low, a, b, weight = ctx.saved_tensors
+        down, up = ctx.parameters
+        gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
+        of_low = gradient @ b
+        kept = flat if mask is None else torch.ops.aten.native_dropout_backward(flat, mask, ctx.per_kept)
+        for parameter, product in ((up, gradient.t() @ low), (down, of_low.t() @ kept)):
+            # Of a model on several GPUs the adapter lies on the first.
+            parameter.grad.add_(product.to(parameter.device), alpha=ctx.scaling)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_low @ a
+            if mask is not None:
+                of_x = torch.ops.aten.native_dropout_backward(of_x, mask, ctx.per_kept)
+            if weight is not None:
+                of_x = torch.addmm(of_x, gradient, weight, beta=ctx.scaling)
+            else:
+                of_x *= ctx.scaling
+            of_x = of_x.view(ctx.shape)
+        return of_x, None if weight is not None else upstream[0], *[None] * 7
 
 
 def _dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, float]:

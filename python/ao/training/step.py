@@ -22,7 +22,7 @@ from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
 from ao.models import split
-from ao.models.adapters import add_adapter, as_oracle, lean_forward
+from ao.models.adapters import LeanLora, add_adapter, as_oracle, lean_forward
 from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks, recompute_runs_hooks
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
@@ -69,6 +69,7 @@ class Learner:
         config: TrainConfig,
         here: Ranks,
         recompute: Recompute,
+        forwards: Sequence[LeanLora],
     ) -> None:
         self.model = model
         self.arch = arch
@@ -81,6 +82,8 @@ class Learner:
         """The base's; more than one where it is split."""
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
+        is_cast = here.device.type == "cuda" and model.dtype != self.weights.dtype
+        self._casts = _cast(self.weights, forwards, dtype=model.dtype) if is_cast else []
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: TrainConfig, here: Ranks) -> Learner:
@@ -88,7 +91,7 @@ class Learner:
         arch = archs.find(model)
         torch.manual_seed(config.seed)
         peft = add_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
-        lean_forward(peft)
+        forwards = lean_forward(peft)
         # Every rank begins with the same adapter, and from here on drops units of its own.
         torch.manual_seed(config.seed + here.rank)
         injector = Injector(
@@ -104,7 +107,7 @@ class Learner:
         if config.compile:
             compile_blocks(arch.layers)
         model.train()
-        return cls(model, arch, peft, injector, config, here, recompute)
+        return cls(model, arch, peft, injector, config, here, recompute, forwards)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -165,6 +168,9 @@ class Learner:
         self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[float]]:
         """Loss sum of one row, whose gradient is added up where gradients are on, and its five counts."""
+        # At every row, whoever has moved the weights.
+        for cast in self._casts:
+            cast.copy_(self.weights)
         sequences = [point.input_ids for point in points]
         multiple = COMPILED_MULTIPLE if self.config.compile else 1
         batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device, multiple=multiple)
@@ -229,6 +235,22 @@ def _flatten(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, 
         parameter.grad = flat.grad[first:end].view_as(parameter)
         first = end
     return flat, flat.grad
+
+
+def _cast(weights: torch.nn.Parameter, forwards: Sequence[LeanLora], *, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Copies of the flat buffer as the bases of these forwards compute, one on each device; the forwards take their matrices
+    from there. One kernel casts all of them, where each by itself would be two for every linear."""
+    copies: dict[torch.device, torch.Tensor] = {}
+    for forward in forwards:
+        device = forward.base.weight.device
+        if device not in copies:
+            copies[device] = torch.empty_like(weights, dtype=dtype, device=device, requires_grad=False)
+        views = []
+        for parameter in (forward.down.weight, forward.up.weight):
+            first = parameter.storage_offset()
+            views.append(copies[device][first : first + parameter.numel()].view_as(parameter))
+        forward.cast = (views[0], views[1])
+    return list(copies.values())
 
 
 def _optimizer(weights: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:

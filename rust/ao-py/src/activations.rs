@@ -148,11 +148,19 @@ impl ActivationReader {
     }
 }
 
-/// What an index says of its unit, as canonical JSON, and its arrays.
+/// Of each index: all that it says of its unit, what the units of a cache have in common, run, number, rows by layer.
 #[pyfunction]
-pub fn activation_index(py: Python<'_>, path: PathBuf) -> PyResult<(String, Vec<Layout<'_>>)> {
-    let (about, arrays) = py.detach(|| index::layout(&path)).map_err(to_python)?;
-    Ok((about, to_tuples(py, arrays)?))
+pub fn activation_units(py: Python<'_>, indexes: Vec<PathBuf>) -> PyResult<Vec<UnitTuple>> {
+    let found = py.detach(|| index::summaries(&indexes)).map_err(to_python)?;
+    Ok(found.into_iter().map(|unit| (unit.about, unit.common, unit.run, unit.number, unit.rows)).collect())
+}
+
+type UnitTuple = (String, String, String, u32, BTreeMap<u16, usize>);
+
+/// The arrays of an index.
+#[pyfunction]
+pub fn activation_arrays(py: Python<'_>, index: PathBuf) -> PyResult<Vec<Layout<'_>>> {
+    to_tuples(py, py.detach(|| index::layout(&index)).map_err(to_python)?)
 }
 
 /// Check every byte of a unit against its index.

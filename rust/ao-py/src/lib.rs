@@ -24,7 +24,9 @@ mod _ao {
     const RULES: u64 = ao_core::folder::RULES;
 
     #[pymodule_export]
-    use super::activations::{ActivationReader, ActivationWriter, activation_index, context_keys, verify_activations};
+    use super::activations::{
+        ActivationReader, ActivationWriter, activation_arrays, activation_units, context_keys, verify_activations,
+    };
     #[pymodule_export]
     use super::error::AoError;
     #[pymodule_export]

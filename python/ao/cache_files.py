@@ -1,0 +1,191 @@
+"""The files of an activation cache: what they are called, what an index says, what is damaged. Torch-free.
+
+A unit has a file of rows for each layer and an index, which is written last: where it stands, the unit is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ao import _ao
+from ao.manifest import read_manifest
+
+HEADER_BYTES = 4096
+"""Bytes of a file before its first row."""
+INDEX = "*.index.safetensors"
+"""The indexes of a folder."""
+PLAIN = "*.plain.safetensors"
+"""The plain files of a folder, which other tools read."""
+NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
+"""Types of rows and of an index's arrays, by the names that safetensors gives them; BF16 by its bits."""
+
+_FILE = re.compile(r"([0-9a-f]{16})-(\d{5,})(?:-L\d{3,}|\.(index|plain))\.safetensors")
+
+
+class UnitFile(NamedTuple):
+    """What the name of a unit's file says."""
+
+    run: str
+    unit: int
+    kind: str
+    """rows, index or plain."""
+
+    @classmethod
+    def named(cls, name: str) -> UnitFile | None:
+        """Read the name of a file that `ao collect` wrote; other files give nothing."""
+        match = _FILE.fullmatch(name)
+        return match and cls(match[1], int(match[2]), match[3] or "rows")
+
+
+def rows_name(run: str, unit: int, layer: int) -> str:
+    """Name of the file of a layer's rows."""
+    return f"{run}-{unit:05d}-L{layer:03d}.safetensors"
+
+
+def index_name(run: str, unit: int) -> str:
+    """Name of a unit's index."""
+    return f"{run}-{unit:05d}{INDEX.removeprefix('*')}"
+
+
+def plain_name(run: str, unit: int) -> str:
+    """Name of a unit's plain file."""
+    return f"{run}-{unit:05d}{PLAIN.removeprefix('*')}"
+
+
+class CachedUnit:
+    """One unit, of which the index was opened and its header read."""
+
+    def __init__(self, path: Path, about: str, common: str, run: str, number: int, rows: dict[int, int]) -> None:
+        self.path = path
+        """Of the index."""
+        self.common = common
+        """Contract, type and width of the rows, as canonical JSON."""
+        self.run = run
+        self.number = number
+        self.rows = {layer: count for layer, count in rows.items() if count}
+        """Rows of each layer that has any."""
+        self._about = about
+
+    @classmethod
+    def all(cls, indexes: Sequence[Path]) -> list[CachedUnit]:
+        """The units of these indexes.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is damaged.
+        """
+        found = _ao.activation_units(indexes)
+        return [cls(path, *unit) for path, unit in zip(indexes, found, strict=True)]
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """All that the index says."""
+        return json.loads(self._about)
+
+    def file(self, layer: int) -> Path:
+        """The file of a layer's rows."""
+        return self.path.with_name(rows_name(self.run, self.number, layer))
+
+    def require_files(self) -> None:
+        """Refuse files of rows that are missing, cut, or another's.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is damaged or another's; names it.
+        """
+        for layer, rows in self.rows.items():
+            open_rows([self.file(layer)], rows, layer=layer, dtype=self.about["dtype"], width=self.about["width"])
+
+    def array(self, name: str, layer: int) -> np.ndarray:
+        """An array of the index."""
+        # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
+        dtype, [count], offset = self._arrays[f"{name}.{layer}"]
+        return np.fromfile(self.path, NUMPY[dtype], count=count, offset=offset)
+
+    @cached_property
+    def _arrays(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        return {name: (dtype, shape, offset) for name, dtype, shape, offset in _ao.activation_arrays(self.path)}
+
+
+def open_rows(paths: list[Path], rows: int, *, layer: int, dtype: str, width: int) -> _ao.ActivationReader:
+    """A reader of the files of a layer, which must hold so many rows.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: one is damaged or another's, or they hold another number of rows.
+    """
+    reader = _ao.ActivationReader(paths, dtype=dtype, width=width)
+    if len(reader) != rows:
+        raise ValueError(
+            f"{paths[0].parent}: layer {layer}: the files hold {len(reader)} rows, their indexes list {rows}; ao inspect "
+            "--verify names what is damaged"
+        )
+    return reader
+
+
+def unlisted(path: str | Path) -> list[Path]:
+    """Files of rows that no index lists: they are about to get theirs, or their writer was killed before it wrote it."""
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors"))
+    rows = {file.name: file for file in files if (of := UnitFile.named(file.name)) and of.kind == "rows"}
+    for index in folder.glob(INDEX):
+        try:
+            [unit] = CachedUnit.all([index])
+            listed = {unit.file(layer).name for layer in unit.rows}
+        except (ValueError, OSError):
+            # What it lists nobody can tell.
+            listed = {name for name in rows if name.startswith(f"{index.name.removesuffix(INDEX[1:])}-")}
+        rows = {name: file for name, file in rows.items() if name not in listed}
+    return list(rows.values())
+
+
+def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: None) -> list[str]:
+    """Check every byte of a cache; returns what is wrong, a line each.
+
+    Args:
+        path: The folder.
+        step: Is told of each unit that is done, with a 1.
+
+    Raises:
+        FileNotFoundError: there is no unit.
+    """
+    folder = Path(path)
+    problems = []
+    # Looked at again at the end, when the index of what was about to get one is there.
+    rows_before = unlisted(folder)
+    indexes = sorted(folder.glob(INDEX))
+    if not indexes:
+        raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
+    for index in indexes:
+        try:
+            _ao.verify_activations(index)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        step(1)
+    problems += [
+        f"{file}: no index lists its rows, so nobody reads them; run the same ao collect again, or remove it"
+        for file in unlisted(folder)
+        if file in rows_before
+    ]
+    if (folder / "manifest.json").is_file():
+        try:
+            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
+        there = {index.name: index for index in indexes}
+        problems += [
+            f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))
+        ]
+        problems += [
+            f"{path}: not the file that manifest.json lists; run ao collect again"
+            for name, path in there.items()
+            if name in listed and _ao.input_digest(str(path)) != listed[name]
+        ]
+    return problems
