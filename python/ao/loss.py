@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ao.batch import Batch
 from ao.models.arch import Arch, capped_, logits, uncapped
 
-CHUNK_BYTES = {"cuda": 2**27, "cpu": 2**23}
+CHUNK_BYTES = {"cuda": 2**27, "cpu": 3 * 2**22}
 """fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
 size, a CPU what its cache holds."""
 
