@@ -40,6 +40,10 @@ class Some(Ranks):
 
     group: Any = None
 
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.group)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
@@ -104,6 +108,8 @@ def main() -> None:
     counts = sorted({1, *args.ranks})
     if any(count % PER_STEP for count in args.examples):
         parser.error(f"--examples: expected multiples of {PER_STEP}, got {args.examples}")
+    if any(PER_STEP % count for count in counts):
+        parser.error(f"--ranks: expected divisors of {PER_STEP}, got {args.ranks}")
     world = int(os.environ.get("WORLD_SIZE", "0"))
     if world and counts[-1] > world:
         parser.error(f"--ranks: at most the {world} of torchrun, got {counts}")
@@ -149,7 +155,8 @@ def require_equal_losses(scaled: Scaled, counts: Sequence[int], steps: int) -> s
     for module, p in dropouts.items():
         module.p = p
     allowed = 1e-5 if scaled.setting.residency == "fp32" else 1e-2
-    gap = max(float(((losses[count] - losses[1]) / losses[1]).abs().max()) for count in losses) if 1 in losses else 0.0
+    gaps = [((losses[count] - losses[1]) / losses[1]).abs().max() for count in losses] if 1 in losses else []
+    gap = float(torch.stack(gaps).max()) if gaps else 0.0
     told(
         scaled.all,
         f"losses over {steps} steps",

@@ -199,7 +199,7 @@ class Ours(Way):
 
     def __init__(self, setting: Setting, here: Ranks) -> None:
         super().__init__(setting, here)
-        fuse(self.model)
+        fuse(self.model, compiled=setting.compile)
         self.config = TrainConfig(
             learning_rate=RATE,
             dropout=setting.dropout,

@@ -26,6 +26,8 @@ IMPLEMENTATION = "ao_documents"
 """Name under which transformers finds the function."""
 VARLEN_HEAD = 256
 """Widest head that flash attention takes; wider ones are padded to rectangles."""
+SCORES_BYTES = 2**28
+"""fp32 scores of short documents that are there at once; the softmax holds them twice."""
 SPREAD = 2
 """How many times as long the longest document of a rectangle may be as its shortest: so much padding at most."""
 
@@ -144,8 +146,11 @@ def _rectangle(
     """Causal attention of documents side by side: [N, H, S, E] of queries, [N, G, S, E] of keys and values."""
     if softcap is not None:
         return _capped_attention(query, key, value, scaling, window, softcap)
-    if query.is_cuda and _is_short(query, window):
-        return _short_attention(query, key, value, scaling)
+    if query.is_cuda and _is_short(query, window) and not _needs_gradient(query, key, value):
+        # No more documents at once than whose scores take some memory.
+        several = max(1, SCORES_BYTES // (4 * query.shape[1] * query.shape[2] ** 2))
+        pieces = zip(*(states.split(several) for states in (query, key, value)), strict=True)
+        return torch.cat([_short_attention(*piece, scaling) for piece in pieces])
     if query.is_cuda and query.shape[-1] > VARLEN_HEAD and key.shape[1] != query.shape[1]:
         # With grouped heads of this width SDPA falls back to the kernel that holds every score.
         groups = query.shape[1] // key.shape[1]
@@ -263,9 +268,11 @@ def _is_short(query: torch.Tensor, window: int | None) -> bool:
     """Whether there is no ragged kernel for these heads, and the scores are fewer than the values of the queries."""
     length, width = query.shape[2:]
     inside = window is None or length <= window
-    return (
-        width > VARLEN_HEAD and length <= width and inside and not query.requires_grad and query.dtype != torch.float32
-    )
+    return width > VARLEN_HEAD and length <= width and inside and query.dtype != torch.float32
+
+
+def _needs_gradient(*states: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in states)
 
 
 def _short_attention(

@@ -106,6 +106,8 @@ class CachedUnit:
     def array(self, name: str, layer: int) -> np.ndarray:
         """An array of the index."""
         # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
+        if f"{name}.{layer}" not in self._arrays:
+            raise KeyError(f"{self.path}: no array {name}.{layer}")
         dtype, [count], offset = self._arrays[f"{name}.{layer}"]
         return np.fromfile(self.path, NUMPY[dtype], count=count, offset=offset)
 

@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 import shutil
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,13 @@ from ao.models.load import FOUR_BIT, SPLIT, load_model, named
 from ao.prompt import model_folder
 from ao.user_cache import user_cache
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
-POLL = 0.2
-"""Seconds between two looks of a rank that waits."""
 FORMAT = 2
 """Of the folder that is kept; one of another format is not read."""
 
@@ -31,7 +35,7 @@ FORMAT = 2
 def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> PreTrainedModel:
     """Load this rank's copy of a model, as `load_model` does.
 
-    Several ranks of a model in 4 bits read its original once a machine: the first one quantizes it and leaves the result
+    Several ranks of a model in 4 bits read its original once a machine: the first to come quantizes it and leaves the result
     in the user's cache, under a name that changes with the checkpoint's files, and the others, and later runs, read a
     quarter of the bytes there. A checkpoint that is quantized already is read by each.
 
@@ -57,12 +61,25 @@ def load_replica(config: ModelConfig, here: Ranks, *, which: str = "base") -> Pr
     if getattr(AutoConfig.from_pretrained(model_folder(name, revision)), "quantization_config", None) is not None:
         return load_model(config, which=which)
     folder = user_cache() / "quantized" / _key(name, revision)
-    if not folder.is_dir():
-        if here.local == 0:
+    with _alone(folder.parent):
+        if not folder.is_dir():
             return _keep(config, which, folder)
-        while not folder.is_dir():
-            time.sleep(POLL)
     return _read(config, folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of a machine at a time; whoever comes first, as a rank that has nothing to collect never comes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _key(name: str, revision: str | None) -> str:

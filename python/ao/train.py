@@ -161,7 +161,7 @@ def _loop(
     config, here = recipe.train, learner.here
     target_arch = archs.find(target)
     deepest = max(max(layers) for layers in training.dataset.layer_combinations)
-    meter = Meter(learner.arch, target_arch, deepest=deepest, device=here.device)
+    meter = Meter(learner.arch, target_arch, deepest=deepest, devices=learner.devices)
     if run.meter is not None:
         meter.resume(run.meter)
     losses = run.losses
@@ -347,7 +347,7 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
         )
     contexts = [dataset[index].context_ids for index in range(min(4, len(dataset)))]
     for each in {id(model): model, id(target): target}.values():
-        fuse(each)
+        fuse(each, compiled=recipe.train.compile)
         check_model(each, archs.find(each), contexts)
     return model, target
 

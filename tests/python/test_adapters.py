@@ -13,9 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ao.config import TrainConfig
+from ao.distributed import Ranks
 from ao.models import adapters
 from ao.models import arch as archs
 from ao.models.adapters import _taken, add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
+from ao.shards import Datapoint
+from ao.training import step
+from ao.training.step import Learner
 from conftest import FAMILIES, SMALL, sequences, small_model
 
 
@@ -127,6 +132,40 @@ def test_matrices_that_are_cast_already_give_the_same(dropout, is_plain):
         return adapters._CastLoraLinear.apply(x, y, weight, down, up, *cast, 2.0, dropout)
 
     assert_close(run(ours), run(plain), rtol=1e-5, atol=1e-4)
+
+
+def test_a_learner_casts_at_every_row_outside_of_autograd(gemma, rng):
+    """As on a GPU, with copies in the precision that the weights have, so that the numbers are those of the other way."""
+    config = TrainConfig(rank=4, dropout=0.0, recompute="off", injection_layer=1)
+    learner = Learner.of(gemma, config, Ranks(rank=0, world=1, device=torch.device("cpu")))
+    forwards = [module.forward for module in gemma.modules() if isinstance(module, LoraLayer)]
+    points, vectors = [small_datapoint(rng)], {"one": torch.randn(2, 32)}
+
+    def gradient():
+        with learner.ready():
+            learner.backward([points], vectors)
+        return learner.gradient.clone()
+
+    for _ in range(2):
+        for forward in forwards:
+            forward.cast = None
+        learner._casts = []
+        expected = gradient()
+        learner._casts = step._cast(learner.weights, forwards, dtype=torch.float32)
+        learner._casts[0].fill_(torch.nan)
+        assert_close(gradient(), expected)
+        assert learner._casts[0].grad_fn is None
+        learner.weights.data += 0.1 * torch.randn_like(learner.weights)
+        assert_close(gradient(), gradient())
+        assert not torch.equal(gradient(), expected)
+
+
+def small_datapoint(rng):
+    return Datapoint(
+        id="one", source="s", input_ids=rng.integers(3, 97, size=12), answer_start=8, placeholders=np.array([2, 3]),
+        layers=np.array([1, 1]), context_ids=rng.integers(3, 97, size=5), read_positions=np.array([3, 4]), question="",
+        answer="", kind="base", meta={},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])

@@ -18,6 +18,7 @@ from ao.collect.run import collect
 from ao.config import Recipe, parse_recipe
 from ao.pack import pack
 from ao.train import train
+from ao.training import step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -122,3 +123,31 @@ def test_a_split_model_is_the_same_model(recipe: Recipe, tmp_path: Path, recompu
     whole, split = (ActivationCache.open(tmp_path / f"{device}-acts") for device in ("cuda", "split"))
     for layer in whole.layers:
         np.testing.assert_allclose(split.layer(layer).norms, whole.layer(layer).norms, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_split_model_recomputes_with_the_same_draws(recipe: Recipe, tmp_path: Path) -> None:
+    """Dropout on the second GPU, too."""
+    losses = {}
+    for recompute in ("on", "off"):
+        model = replace(recipe.model, precision="fp32", device="split")
+        chosen = replace(recipe, model=model, train=replace(recipe.train, dropout=0.4, recompute=recompute))
+        losses[recompute] = train(chosen, data=recipe.data.out, out=tmp_path / recompute)["losses"]
+    np.testing.assert_allclose(losses["on"], losses["off"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cuda", "split"])
+def test_matrices_that_are_cast_ahead_teach_the_same(
+    recipe: Recipe, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "split" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    losses = {}
+    settings = replace(recipe.train, dropout=0.0, learning_rate=3e-3, steps=6)
+    chosen = replace(recipe, model=replace(recipe.model, device=device), train=settings)
+    for way in ("ahead", "at every call"):
+        if way == "at every call":
+            monkeypatch.setattr(step, "_cast", lambda *_, **__: [])
+        losses[way] = train(chosen, data=recipe.data.out, out=tmp_path / way)["losses"]
+    assert losses["ahead"][-1] < losses["ahead"][0]
+    np.testing.assert_allclose(losses["ahead"], losses["at every call"], rtol=2e-2)

@@ -49,13 +49,17 @@ def test_blocks_move_what_they_are_given(gemma: nn.Module) -> None:
             return x, *pair, kwargs
 
     layers = archs.find(gemma).layers
-    layers[2] = Block()
+    layers[3] = Block()
     connect(gemma)
     shared: dict[str, torch.Tensor] = {}
-    x, cos, sin, kwargs = layers[2](torch.ones(1), (torch.ones(1), torch.ones(1)), shared=shared, flag=True)
+    x, cos, sin, kwargs = layers[3](torch.ones(1), (torch.ones(1), torch.ones(1)), shared=shared, flag=True)
     assert {each.device.type for each in (x, cos, sin)} == {"meta"}
     assert kwargs["shared"] is shared
     assert kwargs["flag"] is True
+    # The block before hands its output over already.
+    angles = torch.ones(1, 5, 8)
+    layers[2].forward = lambda hidden_states, **kwargs: hidden_states
+    assert layers[2](torch.ones(1, 5, 32), position_embeddings=(angles, angles)).device.type == "meta"
 
 
 def test_several_ranks_cannot_split() -> None:

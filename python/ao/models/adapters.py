@@ -117,8 +117,8 @@ class LeanLora:
         self.dropout = layer.lora_dropout[NAME]
         self.scaling = layer.scaling[NAME]
         self.cast: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Both matrices as they are multiplied, on the device of the base, where somebody keeps them so and their gradients
-        too; else they are cast at every call."""
+        """Both matrices as they are multiplied, on the device of the base, where a learner keeps them so at every row and holds
+        both gradients; else they are cast at every call."""
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output."""
@@ -128,7 +128,7 @@ class LeanLora:
         is_plain = type(self.base) is nn.Linear and self.base.bias is None and not self.base.weight.requires_grad
         # A plain linear's product is made, and its gradient added up, in the kernels of the LoRA's own.
         weight, y = (self.base.weight, None) if is_plain else (None, self.base(x))
-        if self.cast is not None:
+        if self.cast is not None and x.dtype == self.cast[0].dtype:
             return _CastLoraLinear.apply(x, y, weight, self.down.weight, self.up.weight, *self.cast, self.scaling, p)
         return _LoraLinear.apply(x, y, weight, self.down.weight, self.up.weight, self.scaling, p)
 

@@ -138,15 +138,16 @@ def logits(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
 
 def uncapped(arch: Arch, resid_KD: torch.Tensor) -> torch.Tensor:
     """What `logits` caps, with a gradient."""
-    head = arch.head
-    is_wide = type(head) is nn.Linear and head.bias is None and WIDE * len(resid_KD) <= head.out_features
-    if is_wide and resid_KD.device.type == "cpu":
-        # A few rows against a large vocabulary: the other way round a CPU is up to twice as fast.
-        from_head = (head.weight @ resid_KD.t()).t().contiguous()
-    else:
-        from_head = head(resid_KD)
+    from_head = _wide_product(arch.head, resid_KD) if resid_KD.device.type == "cpu" else arch.head(resid_KD)
     logits_KV = from_head.to(torch.promote_types(from_head.dtype, torch.float32))
     return logits_KV if arch.logit_scale == 1 else logits_KV * arch.logit_scale
+
+
+def _wide_product(head: nn.Module, resid_KD: torch.Tensor) -> torch.Tensor:
+    """The head's product; of a few rows with a large vocabulary the other way round, which a CPU does up to twice as fast."""
+    if type(head) is not nn.Linear or head.bias is not None or WIDE * len(resid_KD) > head.out_features:
+        return head(resid_KD)
+    return (head.weight @ resid_KD.t()).t().contiguous()
 
 
 def capped_(arch: Arch, logits_KV: torch.Tensor) -> torch.Tensor:

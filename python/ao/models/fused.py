@@ -18,9 +18,11 @@ ROTARY = "apply_rotary_pos_emb"
 """What every family's attention calls to turn queries and keys."""
 
 
-def fuse(model: nn.Module) -> tuple[int, int]:
-    """Fuse norms, and on a GPU, where they take a tenth of a forward, rotary embeddings; returns how many of each."""
-    return fuse_norms(model), fuse_rotary(model) if next(model.parameters()).is_cuda else 0
+def fuse(model: nn.Module, *, compiled: bool = False) -> tuple[int, int]:
+    """Fuse norms, and on a GPU rotary embeddings, unless blocks are `compiled`, which fuses them anyway; returns how many of
+    each."""
+    rotary = next(model.parameters()).is_cuda and not compiled
+    return fuse_norms(model), fuse_rotary(model) if rotary else 0
 
 
 def fuse_norms(model: nn.Module) -> int:

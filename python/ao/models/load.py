@@ -37,13 +37,14 @@ SPLIT = "split"
 
 def resolve_device(device: str) -> torch.device:
     """The device that a recipe means; of a split model the first."""
+    asked = device
     if device == SPLIT:
         device = "cuda:0"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"model.device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+        raise ValueError(f"model.device: {asked!r} was asked for, but torch {torch.__version__} sees no CUDA device")
     return resolved
 
 
@@ -69,7 +70,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     Raises:
         FileNotFoundError: there is no such model, or its folder holds no safetensors.
         ValueError: a weight is missing or left over, which transformers itself only warns about; a file is damaged; or
-            the checkpoint is quantized already, otherwise than the precision says.
+            the checkpoint is quantized already, otherwise than the precision says; or there are no GPUs to split it over.
     """
     name, revision = named(config, which)
     folder = model_folder(name, revision)

@@ -5,6 +5,7 @@ first. For a model that does not fit one: each waits for the one before it, so t
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def device_map(config: PretrainedConfig, devices: list[torch.device]) -> dict[st
     if not 2 <= len(devices) <= found.num_layers:
         raise ValueError(
             f'model.device: "split" spreads {found.num_layers} blocks over all GPUs that are visible, and there are '
-            f'{len(devices)}; take "cuda" for one'
+            f'{len(devices)}; take "cuda" for one, and hide some with CUDA_VISIBLE_DEVICES where there are too many'
         )
     places: dict[str, torch.device] = {}
     of_layers = found.layers_path.split(".")
@@ -57,11 +58,19 @@ def connect(model: PreTrainedModel) -> None:
     leave what is inside to be fused and adapted.
     """
     remove_hook_from_submodules(model)
+    for module in model.modules():
+        # What those hooks wrapped stays behind as the module's own.
+        vars(module).pop("forward", None)
     # The adapter's gradient comes from every device to the first, which torch takes for an oversight.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     found = archs.find(model)
     for layer in found.layers:
         layer.register_forward_pre_hook(_moving_to(next(layer.parameters()).device), with_kwargs=True)
+    for layer, following in pairwise(found.layers):
+        # Moved here, not only before the next block: checkpointing may stand before that block's hooks, and keeps the random
+        # state of those devices alone that a block's arguments lie on.
+        if (device := next(following.parameters()).device) != next(layer.parameters()).device:
+            layer.register_forward_hook(_handing_to(device))
     for child in found.decoder.children():
         if child is not found.layers and (parameter := next(child.parameters(), None)) is not None:
             child.register_forward_pre_hook(_moving_to(parameter.device), with_kwargs=True)
@@ -77,6 +86,10 @@ def _moving_to(device: torch.device) -> Callable[..., tuple[Any, Any]]:
         return _moved(args, device), {name: _moved(value, device) for name, value in kwargs.items()}
 
     return hook
+
+
+def _handing_to(device: torch.device) -> Callable[..., Any]:
+    return lambda module, args, output: _moved(output, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

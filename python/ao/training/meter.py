@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -27,11 +27,11 @@ class Meter:
     for its context tokens.
     """
 
-    def __init__(self, arch: Arch, target: Arch, *, deepest: int, device: torch.device) -> None:
+    def __init__(self, arch: Arch, target: Arch, *, deepest: int, devices: Sequence[torch.device]) -> None:
         self._per_token = 4 * linear_weights(arch)
         self._beside = (2 * linear_weights(arch), 2 * linear_weights(target, upto=deepest))
-        self._device = device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._devices = devices
+        name = torch.cuda.get_device_name(devices[0]) if devices[0].type == "cuda" else ""
         self._peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
         self.seconds = {"total": 0.0, "target": 0.0, "data": 0.0, "eval": 0.0, "save": 0.0}
         self.counts = {
@@ -72,8 +72,10 @@ class Meter:
         did = {name: now[name] - self._last[name] for name in now}
         self._last = now
         seconds = max(did["total"], 1e-9)
-        trained = self._per_token * did["input_tokens"] / ranks
-        beside = self._beside[0] * did["recomputed_tokens"] / ranks + self._beside[1] * did["context_tokens"]
+        # Of a split base each device does its part.
+        share = 1 / len(self._devices)
+        trained = share * self._per_token * did["input_tokens"] / ranks
+        beside = share * (self._beside[0] * did["recomputed_tokens"] / ranks + self._beside[1] * did["context_tokens"])
         line = {
             "examples_per_second": did["examples"] / seconds,
             "tokens_per_second": did["input_tokens"] / seconds,
@@ -105,7 +107,6 @@ class Meter:
         return {**self.seconds, **self.counts}
 
     def _peak_memory(self) -> int:
-        if self._device.type == "cuda":
-            # A split base lies on others, too; those that this process leaves alone have none.
-            return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+        if self._devices[0].type == "cuda":
+            return max(map(torch.cuda.max_memory_allocated, self._devices))
         return peak_rss_bytes()

@@ -73,7 +73,8 @@ class Recompute:
         most = int((self.free_bytes - self.loss_bytes) / max(1, self.bytes_per_token))
         return (
             f"auto: a token keeps {self.bytes_per_token / 2**20:.2g} MiB, and {self.free_bytes / 2**30:.3g} GiB are free, so "
-            f"rows of up to {max(0, most):,} tokens recompute nothing, longer ones the blocks that do not fit"
+            f"rows of up to {max(0, most):,} tokens recompute nothing, longer ones "
+            f"{'all blocks' if self.at_once else 'the blocks that do not fit'}"
         )
 
 
@@ -83,18 +84,22 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
         return Recompute(arch.num_layers, config.recompute == "on")
     weight: torch.Tensor = arch.head.get_parameter("weight")
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # Not there yet: a flat copy of the adapter's weights, its gradient, and the optimizer's states.
-    devices = split.devices_of(model)
-    coming = adapter * (4 + 4 + (2 if config.optimizer == "adamw8bit" else 8))
+    # Not there yet: a flat copy of the adapter's weights, one as they are multiplied, the gradient, and the optimizer's states.
+    coming = adapter * (4 + 2 + 4 + (2 if config.optimizer == "adamw8bit" else 8))
+    # fp32 logits and what cap, softmax and their gradients make of them
+    loss = 6 * 4 * chunk_of(arch, device) * arch.vocab
+    free = [_free_bytes(each) for each in split.devices_of(model)]
+    if len(free) > 1:
+        # Adapter and loss lie on the first; blocks take as much on each as there is on the one that has least.
+        room = min(free[0] - coming - loss, *(each - 2 * adapter for each in free[1:]))
+        coming, loss, free = 0, 0, [len(free) * room]
     return Recompute(
         arch.num_layers,
         bytes_per_token=kept_bytes_per_token(model, arch, device),
         input_bytes_per_token=arch.d_model * weight.element_size(),
-        # fp32 logits and what cap, softmax and their gradients make of them
-        loss_bytes=6 * 4 * chunk_of(arch, device) * arch.vocab,
-        # As much on each as on the one that has least.
-        free_bytes=len(devices) * int(min(map(_free_bytes, devices))) - coming,
-        at_once=len(devices) > 1,
+        loss_bytes=loss,
+        free_bytes=int(free[0]) - coming,
+        at_once=len(split.devices_of(model)) > 1,
     )
 
 

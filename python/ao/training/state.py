@@ -6,6 +6,7 @@ weights and the optimizer's states, every rank its random state.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from safetensors.torch import save as serialize
 
 from ao.manifest import canonical_json, read_manifest, sync_folder, write_atomic
 from ao.training.step import Learner
+
+log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 RECORD = "training.json"
@@ -88,9 +91,15 @@ def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
         learner.optimizer.load_state_dict({"state": {0: _nested(state)}, "param_groups": groups})
     random = load_file(folder / f"random-{here.rank}.safetensors")
     torch.set_rng_state(random["cpu"])
-    for device in learner.devices:
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(random[_of_device(device, learner.devices)], device)
+    states = {_of_device(device, learner.devices): device for device in learner.devices if device.type == "cuda"}
+    for name, device in states.items():
+        if name in random:
+            torch.cuda.set_rng_state(random[name], device)
+    if (saved := set(random) - {"cpu"}) != set(states):
+        log.warning(
+            "%s: written on %s, and goes on on %s: dropout draws other units than it would have",
+            folder, sorted(saved) or "the CPU", sorted(states) or "the CPU",
+        )  # fmt: skip
     return run
 
 

@@ -82,7 +82,8 @@ class Learner:
         """The base's; more than one where it is split."""
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
-        is_cast = here.device.type == "cuda" and model.dtype != self.weights.dtype
+        # Compiled blocks would trace how gradients are added.
+        is_cast = here.device.type == "cuda" and model.dtype != self.weights.dtype and not config.compile
         self._casts = _cast(self.weights, forwards, dtype=model.dtype) if is_cast else []
 
     @classmethod
@@ -168,9 +169,9 @@ class Learner:
         self, points: Sequence[Datapoint], vectors: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[float]]:
         """Loss sum of one row, whose gradient is added up where gradients are on, and its five counts."""
-        # At every row, whoever has moved the weights.
+        # At every row, whoever has moved the weights; outside of autograd, to which the copies are constants.
         for cast in self._casts:
-            cast.copy_(self.weights)
+            cast.copy_(self.weights.detach())
         sequences = [point.input_ids for point in points]
         multiple = COMPILED_MULTIPLE if self.config.compile else 1
         batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device, multiple=multiple)
@@ -244,7 +245,7 @@ def _cast(weights: torch.nn.Parameter, forwards: Sequence[LeanLora], *, dtype: t
     for forward in forwards:
         device = forward.base.weight.device
         if device not in copies:
-            copies[device] = torch.empty_like(weights, dtype=dtype, device=device, requires_grad=False)
+            copies[device] = weights.detach().to(device, dtype, copy=True)
         views = []
         for parameter in (forward.down.weight, forward.up.weight):
             first = parameter.storage_offset()

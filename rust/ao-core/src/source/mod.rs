@@ -332,10 +332,14 @@ impl RowPlace<'_> {
         let at = format!(" at line {} column {}", error.line(), error.column());
         let what = text.strip_suffix(&at).unwrap_or(&text);
         match error.classify() {
-            serde_json::error::Category::Data => match path.filter(|path| *path != "." && !what.contains(path)) {
-                Some(path) => self.error("bad_field", format!("in \"{path}\": {what}")),
-                None => self.error("bad_field", what),
-            },
+            serde_json::error::Category::Data => {
+                let is_named =
+                    |path: &str| ["`", "\""].iter().any(|quote| what.contains(&format!("{quote}{path}{quote}")));
+                match path.filter(|path| *path != "." && !is_named(path)) {
+                    Some(path) => self.error("bad_field", format!("in \"{path}\": {what}")),
+                    None => self.error("bad_field", what),
+                }
+            }
             _ => self.error("not_json", format!("not JSON, from column {} on: {what}", error.column())),
         }
     }
