@@ -149,8 +149,8 @@ def _rectangle(
     if query.is_cuda and _is_short(query, window) and not _needs_gradient(query, key, value):
         # No more documents at once than whose scores take some memory.
         several = max(1, SCORES_BYTES // (4 * query.shape[1] * query.shape[2] ** 2))
-        pieces = zip(*(states.split(several) for states in (query, key, value)), strict=True)
-        return torch.cat([_short_attention(*piece, scaling) for piece in pieces])
+        pieces = zip(query.split(several), key.split(several), value.split(several), strict=True)
+        return torch.cat([_short_attention(q, k, v, scaling) for q, k, v in pieces])
     if query.is_cuda and query.shape[-1] > VARLEN_HEAD and key.shape[1] != query.shape[1]:
         # With grouped heads of this width SDPA falls back to the kernel that holds every score.
         groups = query.shape[1] // key.shape[1]

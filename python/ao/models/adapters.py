@@ -205,8 +205,10 @@ class _CastLoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         dropped, mask = (flat, None) if p == 0.0 else torch.native_dropout(flat, p, True)
         low = dropped @ a.t()
-        y = flat @ weight.t() if y is None else y.reshape(-1, y.shape[-1])
-        out = torch.addmm(y, low, b.t(), alpha=scaling)
+        if weight is not None:
+            y = flat @ weight.t()
+        assert y is not None
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t(), alpha=scaling)
         ctx.save_for_backward(flat, mask, low, a, b, weight)
         ctx.parameters, ctx.shape = (down, up), x.shape
         ctx.scaling, ctx.per_kept = scaling, 1 / (1 - p)
