@@ -57,7 +57,7 @@ $(FLOOR)/.ready: constraints-floor.txt $(BIN)/.ready
 test-floor: install $(FLOOR)/.ready ## the Python tests, or those in TESTS=, on the oldest libraries that are supported
 	$(FLOOR)/bin/python -m pytest $(TESTS)
 
-soak: fuzz-tools install ## the long counts: 50 kills of builds and 100 of writers, many cases of each property, a minute of fuzzing for each target
+soak: fuzz-tools install ## the long counts: 50 kills of builds and of `ao collect`, 100 of writers, many cases of each property, a minute of fuzzing for each target
 	AO_KILLS=50 $(BIN)/python -m pytest -s tests/python/test_kill.py
 	AO_KILLS=100 $(BIN)/python -m pytest -s tests/python/test_cache.py -k killed
 	AO_EXAMPLES=5000 $(BIN)/python -m pytest tests/python/test_collect.py -k no_manifest
