@@ -35,7 +35,6 @@ KEPT_MAPPED = 64
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """Of the norms of a layer, in the manifest."""
 
-
 Mode = Literal["auto", "warm", "hinted", "direct"]
 
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ao.config import ModelConfig
 from ao.distributed import Ranks
 from ao.manifest import fingerprint, sync_folder
-from ao.models.load import FOUR_BIT, SPLIT, load_model, named
+from ao.models.load import FOUR_BIT, load_model, named
+from ao.models.split import SPLIT
 from ao.prompt import model_folder
 from ao.user_cache import user_cache
 

@@ -159,7 +159,7 @@ COLLECT = """
 import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
 from ao import cli
-from ao.collect import run, wanted
+from ao.collect import run, wanted  # run brings torch, once for all forks
 
 recipe, root, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 wanted.UNIT_TOKENS = 15
@@ -181,7 +181,7 @@ def ended(process):
 
 def waited(process, reached):
     while not ended(process) and not reached():
-        time.sleep(0.0002)
+        time.sleep(0.0002)  # a unit is there after some milliseconds, and a kill is to come among its files
     return time.monotonic()
 
 out = root / "undisturbed"

@@ -31,14 +31,10 @@ TEXT_TOWERS = ("model.language_model.", "language_model.model.", "model.text_mod
 """How the names of a multimodal checkpoint's language model begin."""
 
 
-SPLIT = "split"
-"""The device of a model that is spread over all GPUs."""
-
-
 def resolve_device(device: str) -> torch.device:
     """The device that a recipe means; of a split model the first."""
     asked = device
-    if device == SPLIT:
+    if device == split.SPLIT:
         device = "cuda:0"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +83,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
         setattr(text_config, arch.WHOLE_LAYERS, _layers_in_whole(full_config))
         if (quantized := getattr(full_config, "quantization_config", None)) is not None:
             text_config.quantization_config = _of_text_tower(quantized)
-    if config.device == SPLIT:
+    if config.device == split.SPLIT:
         places = split.device_map(text_config, split.visible())
     else:
         places = {"": device} if config.precision in FOUR_BIT or device.type == "cuda" else None
@@ -118,7 +114,7 @@ def load_model(config: ModelConfig, *, which: str = "base") -> PreTrainedModel:
     if left_over:
         raise ValueError(f"{name}: weights of the language model were not used: {sorted(left_over)[:5]}")
     _require_precision(model, config.precision, name)
-    if config.device == SPLIT:
+    if config.device == split.SPLIT:
         split.connect(model)
     if config.precision == "nf4-dequantized":
         dequantize(model)

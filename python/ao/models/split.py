@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ao.models import arch as archs
 
+SPLIT = "split"
+"""The device of such a model in a recipe."""
+
 
 def visible() -> list[torch.device]:
     """All GPUs that this process may use."""
