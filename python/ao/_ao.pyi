@@ -332,9 +332,9 @@ class ActivationReader:
 def context_keys(ids: Buffer) -> bytes:
     """For each of int32 [n] ids the key of its position, uint64 [n, 2]: upper and lower half of a chained xxh3-128."""
 
-def activation_units(indexes: Sequence[str | PathLike[str]]) -> list[tuple[str, str, str, int, dict[int, int]]]:
-    """Of each unit what its index says, as canonical JSON, what a cache's units have in common (contract, dtype, width), as
-    canonical JSON, its run, its number, and its rows by layer. Headers alone are read, by several threads."""
+def activation_units(folder: str | PathLike[str], indexes: Sequence[str]) -> list[tuple[str, str, int, dict[int, int]]]:
+    """Of the unit of each index what a cache's units have in common (contract, dtype, width), as canonical JSON, its run, its
+    number, and its rows by layer. From the manifest where it lists the index as it is; of others the header is read."""
 
 def activation_arrays(index: str | PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Name, type, shape and byte offset of the arrays of a unit's index."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ao import _ao
-from ao.cache_files import HEADER_BYTES, INDEX, NUMPY, CachedUnit, index_name, open_rows
+from ao.cache_files import HEADER_BYTES, MANIFEST, NUMPY, CachedUnit, index_names, open_rows
 from ao.config import ModelConfig
 from ao.manifest import adapter_fingerprint, canonical_json, require_match, write_atomic
 from ao.prompt import framer, identity, model_folder, target_of
@@ -268,7 +268,7 @@ class ActivationCache:
     def __init__(self, folder: Path, units: Sequence[CachedUnit]) -> None:
         self.folder = folder
         self.units = units
-        first = units[0].about
+        first = json.loads(units[0].common)
         self.contract: dict[str, Any] = first["contract"]
         """What the rows are: model, weights, precision, what was read, the layers' convention."""
         self.dtype: str = first["dtype"]
@@ -279,7 +279,7 @@ class ActivationCache:
             if unit.common != units[0].common:
                 require_match(
                     f"{unit.path}: of the cache in {folder}",
-                    expected=json.loads(units[0].common),
+                    expected=first,
                     got=json.loads(unit.common),
                     remedy="give each target a cache of its own, and move this unit there",
                 )
@@ -301,7 +301,7 @@ class ActivationCache:
             path: The folder.
             contract: Fields that the rows must have, as `contract_of` gives them, or some of them.
             run: Only units of this run.
-            unit: Only the unit of this number.
+            unit: Only units of this number.
             without: No units of this run.
 
         Raises:
@@ -309,15 +309,12 @@ class ActivationCache:
             ValueError: an index is damaged, units differ in what they hold, or the contract does not match.
         """
         folder = Path(path)
-        if unit is None:
-            indexes = sorted(folder.glob(INDEX if run is None else f"{run}-{INDEX}"))
-        else:
-            indexes = sorted(folder.glob(index_name(run or "*", unit)))
+        indexes = index_names(folder, run=run, unit=unit)
         if without is not None:
-            indexes = [index for index in indexes if not index.name.startswith(f"{without}-")]
+            indexes = [index for index in indexes if not index.startswith(f"{without}-")]
         if not indexes:
             raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
-        cache = cls(folder, CachedUnit.all(indexes))
+        cache = cls(folder, CachedUnit.all(folder, indexes))
         if contract is not None:
             require_match(
                 f"{folder}: collected from",
@@ -395,15 +392,15 @@ class ActivationCache:
             "layers": self.statistics(),
             "units": [
                 {
-                    "index": unit.path.name,
+                    "index": unit.index,
                     "bytes": unit.path.stat().st_size,
                     "xxh3": _ao.input_digest(str(unit.path)),
-                    "rows": unit.about["rows"],
+                    "rows": {str(layer): count for layer, count in unit.rows.items()},
                 }
                 for unit in self.units
             ],
         }
-        write_atomic(self.folder / "manifest.json", canonical_json(manifest) + "\n")
+        write_atomic(self.folder / MANIFEST, canonical_json(manifest) + "\n")
         return manifest
 
 

@@ -6,6 +6,7 @@ A unit has a file of rows for each layer and an index, which is written last: wh
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ import numpy as np
 from ao import _ao
 from ao.manifest import read_manifest
 
+MANIFEST = "manifest.json"
 HEADER_BYTES = 4096
 """Bytes of a file before its first row."""
 INDEX = "*.index.safetensors"
@@ -54,44 +56,54 @@ def index_name(run: str, unit: int) -> str:
     return f"{run}-{unit:05d}{INDEX.removeprefix('*')}"
 
 
+def index_names(folder: Path, *, run: str | None = None, unit: int | None = None) -> list[str]:
+    """Names of the indexes of a folder, of a run, of the units of a number, sorted; none where there is no folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    start, end = "" if run is None else f"{run}-", INDEX.removeprefix("*") if unit is None else index_name("", unit)
+    return sorted(name for name in names if name.endswith(end) and name.startswith(start))
+
+
 def plain_name(run: str, unit: int) -> str:
     """Name of a unit's plain file."""
     return f"{run}-{unit:05d}{PLAIN.removeprefix('*')}"
 
 
 class CachedUnit:
-    """One unit, of which the index was opened and its header read."""
+    """A finished unit, of which no more is known than what the manifest, or the header of its index, says."""
 
-    def __init__(self, path: Path, about: str, common: str, run: str, number: int, rows: dict[int, int]) -> None:
-        self.path = path
-        """Of the index."""
+    def __init__(self, folder: Path, index: str, common: str, run: str, number: int, rows: dict[int, int]) -> None:
+        self.folder = folder
+        self.index = index
+        """Name of the index."""
         self.common = common
         """Contract, type and width of the rows, as canonical JSON."""
         self.run = run
         self.number = number
-        self.rows = {layer: count for layer, count in rows.items() if count}
+        self.rows = rows
         """Rows of each layer that has any."""
-        self._about = about
 
     @classmethod
-    def all(cls, indexes: Sequence[Path]) -> list[CachedUnit]:
-        """The units of these indexes.
+    def all(cls, folder: Path, indexes: Sequence[str]) -> list[CachedUnit]:
+        """The units of indexes of a folder, in their order.
 
         Raises:
             FileNotFoundError: one is missing.
             ValueError: one is damaged.
         """
-        found = _ao.activation_units(indexes)
-        return [cls(path, *unit) for path, unit in zip(indexes, found, strict=True)]
+        found = _ao.activation_units(folder, indexes)
+        return [cls(folder, index, *unit) for index, unit in zip(indexes, found, strict=True)]
 
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """All that the index says."""
-        return json.loads(self._about)
+    @property
+    def path(self) -> Path:
+        """Of the index."""
+        return self.folder / self.index
 
     def file(self, layer: int) -> Path:
         """The file of a layer's rows."""
-        return self.path.with_name(rows_name(self.run, self.number, layer))
+        return self.folder / rows_name(self.run, self.number, layer)
 
     def require_files(self) -> None:
         """Refuse files of rows that are missing, cut, or another's.
@@ -100,15 +112,26 @@ class CachedUnit:
             FileNotFoundError: one is missing.
             ValueError: one is damaged or another's; names it.
         """
+        common = json.loads(self.common)
         for layer, rows in self.rows.items():
-            open_rows([self.file(layer)], rows, layer=layer, dtype=self.about["dtype"], width=self.about["width"])
+            open_rows([self.file(layer)], rows, layer=layer, dtype=common["dtype"], width=common["width"])
 
     def array(self, name: str, layer: int) -> np.ndarray:
-        """An array of the index."""
+        """An array of the index.
+
+        Raises:
+            KeyError: there is none of this name.
+            ValueError: the index is damaged, or another than was listed when the cache was opened.
+        """
         # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
         if f"{name}.{layer}" not in self._arrays:
             raise KeyError(f"{self.path}: no array {name}.{layer}")
         dtype, [count], offset = self._arrays[f"{name}.{layer}"]
+        if name != "blocks" and count != self.rows[layer]:
+            raise ValueError(
+                f"{self.path}: layer {layer} has {count} rows, {self.rows[layer]} when the cache was opened; if it was not "
+                "written again meanwhile, manifest.json is damaged: see ao inspect --verify"
+            )
         return np.fromfile(self.path, NUMPY[dtype], count=count, offset=offset)
 
     @cached_property
@@ -139,7 +162,7 @@ def unlisted(path: str | Path) -> list[Path]:
     rows = {file.name: file for file in files if (of := UnitFile.named(file.name)) and of.kind == "rows"}
     for index in folder.glob(INDEX):
         try:
-            [unit] = CachedUnit.all([index])
+            [unit] = CachedUnit.all(folder, [index.name])
             listed = {unit.file(layer).name for layer in unit.rows}
         except (ValueError, OSError):
             # What it lists nobody can tell.
@@ -159,15 +182,16 @@ def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: No
         FileNotFoundError: there is no unit.
     """
     folder = Path(path)
-    problems = []
+    problems, whole = [], list[str]()
     # Looked at again at the end, when the index of what was about to get one is there.
     rows_before = unlisted(folder)
-    indexes = sorted(folder.glob(INDEX))
+    indexes = index_names(folder)
     if not indexes:
         raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
     for index in indexes:
         try:
-            _ao.verify_activations(index)
+            _ao.verify_activations(folder / index)
+            whole.append(index)
         except (ValueError, OSError) as error:
             problems.append(str(error))
         step(1)
@@ -176,18 +200,24 @@ def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: No
         for file in unlisted(folder)
         if file in rows_before
     ]
-    if (folder / "manifest.json").is_file():
+    manifest = folder / MANIFEST
+    if manifest.is_file():
         try:
-            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(folder / "manifest.json")["units"]}
+            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(manifest)["units"]}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            return [*problems, f"{folder / 'manifest.json'}: damaged: {error}; run ao collect again"]
-        there = {index.name: index for index in indexes}
+            return [*problems, f"{manifest}: damaged: {error}; run ao collect again"]
+        missing = sorted(listed.keys() - set(indexes))
+        problems += [f"{folder / name}: missing, though manifest.json lists it" for name in missing]
         problems += [
-            f"{folder / name}: missing, though manifest.json lists it" for name in sorted(set(listed) - set(there))
+            f"{folder / name}: not the file that manifest.json lists; run ao collect again"
+            for name in indexes
+            if name in listed and _ao.input_digest(str(folder / name)) != listed[name]
         ]
+        # One by one they are read from the headers.
+        believed = _ao.activation_units(folder, whole)
         problems += [
-            f"{path}: not the file that manifest.json lists; run ao collect again"
-            for name, path in there.items()
-            if name in listed and _ao.input_digest(str(path)) != listed[name]
+            f"{manifest}: damaged: it does not say of {name} what its header says; run ao collect again"
+            for name, unit in zip(whole, believed, strict=True)
+            if [unit] != _ao.activation_units(folder, [name])
         ]
     return problems

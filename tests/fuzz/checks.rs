@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock};
 
 use ao_core::activations::index::{self, Unit};
 use ao_core::activations::reader::{Mode, RowReader};
+use ao_core::activations::units;
 use ao_core::activations::writer::UnitWriter;
 use ao_core::activations::{HEADER_BYTES, RowType};
 use ao_core::example::Message;
@@ -234,11 +235,32 @@ static UNIT: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| {
     files(folder.path())
 });
 
-/// Any bytes as the rows (behind a zero byte) or the index of a unit: what has a layout lies inside the file, rows that
-/// are proved are those that were written, and what can be read is what the file holds.
+/// What the manifest of that unit's cache says.
+fn cache_manifest() -> Vec<u8> {
+    let (index, bytes) = &UNIT[1];
+    let listed = json!({"index": index, "bytes": bytes.len(), "rows": {"3": 7}, "xxh3": "-"});
+    let about = json!({
+        "schema": 1, "kind": "activations", "contract": {"model": "m"}, "dtype": "F16", "width": 5, "units": [listed],
+    });
+    about.to_string().into_bytes()
+}
+
+/// Any bytes as the rows (behind a zero byte), the index (one) or the manifest (two) of a unit: what has a layout lies
+/// inside the file, rows that are proved are those that were written, what can be read is what the file holds, and no
+/// manifest hides a unit.
 pub fn activations(data: &[u8]) {
     let Some((&choice, data)) = data.split_first() else { return };
     let folder = tempfile::tempdir().expect("a temporary folder");
+    if choice == 2 {
+        for (name, sound) in UNIT.iter() {
+            std::fs::write(folder.path().join(name), sound).expect("it can be written");
+        }
+        std::fs::write(folder.path().join("manifest.json"), data).expect("it can be written");
+        let names = [UNIT[1].0.clone(), UNIT[1].0.clone()];
+        let found = units::summaries(folder.path(), &names).expect("its index is sound");
+        assert!(found.len() == 2 && found.iter().all(|unit| unit.run == "r" && unit.number == 0), "{found:?}");
+        return;
+    }
     let is_index = usize::from(choice != 0);
     let paths: Vec<_> = UNIT.iter().map(|(name, _)| folder.path().join(name)).collect();
     for (at, (path, (_, sound))) in paths.iter().zip(UNIT.iter()).enumerate() {
@@ -249,15 +271,16 @@ pub fn activations(data: &[u8]) {
     match index::layout(index) {
         Err(_) => assert!(!is_proved),
         Ok(arrays) => {
-            let summary = index::summaries(std::slice::from_ref(index)).expect("its header is sound").remove(0);
-            let about: Value = serde_json::from_str(&summary.about).expect("what an index says is JSON");
+            let name = UNIT[1].0.clone();
+            let rows = units::summaries(folder.path(), &[name]).expect("its header is sound").remove(0).rows;
             let size = std::fs::metadata(index).expect("it is there").len();
             for array in arrays {
                 let width = array.dtype[1..].parse::<u64>().expect("a type and its bits") / 8;
                 let [length] = array.shape[..] else { panic!("{array:?}") };
                 assert!(array.offset + length as u64 * width <= size, "{array:?}");
                 let (name, layer) = array.name.split_once('.').expect("an array is of a layer");
-                assert!(name == "blocks" || about["rows"][layer].as_u64() == Some(length as u64), "{array:?}");
+                let layer: u16 = layer.parse().expect("a layer is a number");
+                assert!(name == "blocks" || rows.get(&layer).copied().unwrap_or(0) == length, "{array:?}");
             }
         }
     }
@@ -288,7 +311,10 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "tokenizer_json" => vec![TOKENIZER.as_bytes().to_vec(), small_tokenizer().to_string().into_bytes()],
         "shard" => shards().collect(),
         "manifest" => vec![parts().flat_map(|bytes| [bytes, &[0]].concat()).collect()],
-        "activations" => (0..).zip(UNIT.iter()).map(|(at, (_, bytes))| [&[at], bytes.as_slice()].concat()).collect(),
+        "activations" => {
+            let files = UNIT.iter().map(|(_, bytes)| bytes.clone()).chain([cache_manifest()]);
+            (0..).zip(files).map(|(at, bytes)| [&[at], bytes.as_slice()].concat()).collect()
+        }
         other => panic!("there is no check {other:?}"),
     }
 }

@@ -428,6 +428,33 @@ def test_verify_lists_every_damage(tmp_path: Path) -> None:
         layer[0]
 
 
+def test_a_manifest_that_lies_is_found(tmp_path: Path) -> None:
+    """Of several units it is believed; what is read says otherwise, and so does verify."""
+    for unit in range(2):
+        write_unit(tmp_path, unit, 3)
+    path = tmp_path / "manifest.json"
+    manifest = ActivationCache.open(tmp_path).write_manifest()
+    assert [unit.rows for unit in ActivationCache.open(tmp_path).units] == [{1: 3}] * 2
+    assert verify(tmp_path) == []
+
+    manifest["units"][1]["rows"] = {"1": 2}
+    path.write_text(json.dumps(manifest))
+    layer = ActivationCache.open(tmp_path).layer(1)
+    assert len(layer) == 5
+    with pytest.raises(ValueError, match="run-00001.index.safetensors: layer 1 has 3 rows, 2 when the cache was opened"):
+        layer.find(some_keys(1))
+    with pytest.raises(ValueError, match="the files hold 6 rows, their indexes list 5"):
+        layer.gather(np.array([0]))
+    (line,) = verify(tmp_path)
+    assert line.startswith(f"{path}: damaged: it does not say of run-00001.index.safetensors what its header says")
+
+    manifest["units"][1]["rows"] = {"1": 3}
+    path.write_text(json.dumps({**manifest, "contract": {"model": "other"}}))
+    assert len(verify(tmp_path)) == 2
+    path.unlink()
+    assert [unit.rows for unit in ActivationCache.open(tmp_path).units] == [{1: 3}] * 2
+
+
 def test_verify_lists_a_manifest_of_other_units(tmp_path: Path) -> None:
     write_unit(tmp_path, 0, 3)
     manifest = tmp_path / "manifest.json"

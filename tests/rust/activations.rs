@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use ao_core::activations::index::{self, Unit};
 use ao_core::activations::keys::context_keys;
 use ao_core::activations::reader::{Mode, Place, RowReader};
+use ao_core::activations::units;
 use ao_core::activations::writer::UnitWriter;
 use ao_core::activations::{BLOCK_BYTES, HEADER_BYTES, RowType, TENSOR};
 use ao_core::manifest::sha256_hex;
@@ -323,7 +324,7 @@ fn each_kind_of_damage_is_named() {
         std::fs::write(&index, &sound[..length]).unwrap();
         refused(index::verify(&index));
         refused(index::layout(&index));
-        refused(index::summaries(std::slice::from_ref(&index)));
+        refused(units::summaries(folder.path(), &[unit.index_name()]));
     }
     std::fs::write(&index, [&sound[..], b"\0"].concat()).unwrap();
     assert!(refused(index::layout(&index)).contains("damaged: expected"));
@@ -541,20 +542,92 @@ fn a_folder_in_memory() {
 #[test]
 fn many_headers_are_summarized() {
     let folder = tempfile::tempdir().unwrap();
-    let units: Vec<Unit> = (0..70).map(|number| unit(number, "F16", 2 + number as usize % 2)).collect();
-    let paths: Vec<PathBuf> =
-        units.iter().map(|unit| write(folder.path(), unit, &[(1, 1 + unit.number as usize), (3, 2)], 9).0).collect();
-    let found = index::summaries(&paths).unwrap();
-    for ((summary, unit), path) in found.iter().zip(&units).zip(&paths) {
-        assert_eq!(&index::summaries(std::slice::from_ref(path)).unwrap()[0], summary);
+    let (units, names) = many(folder.path());
+    let found = units::summaries(folder.path(), &names).unwrap();
+    for ((summary, unit), name) in found.iter().zip(&units).zip(&names) {
+        assert_eq!(&units::summaries(folder.path(), std::slice::from_ref(name)).unwrap()[0], summary);
         assert_eq!((summary.run.as_str(), summary.number), ("0123abcd", unit.number));
         assert_eq!(summary.rows, BTreeMap::from([(1, 1 + unit.number as usize), (3, 2)]));
-        let about: Value = serde_json::from_str(&summary.about).unwrap();
         let common: Value = serde_json::from_str(&summary.common).unwrap();
-        assert_eq!(common, json!({"contract": about["contract"], "dtype": "F16", "width": unit.row.width}));
+        assert_eq!(common, json!({"contract": unit.contract, "dtype": "F16", "width": unit.row.width}));
     }
     assert_eq!(found.len(), 70);
-    assert!(index::summaries(&[]).unwrap().is_empty());
-    std::fs::write(&paths[66], b"cut").unwrap();
-    assert!(refused(index::summaries(&paths)).contains("0123abcd-00066.index"));
+    assert!(units::summaries(folder.path(), &[]).unwrap().is_empty());
+    std::fs::write(folder.path().join(&names[66]), b"cut").unwrap();
+    assert!(refused(units::summaries(folder.path(), &names)).contains("0123abcd-00066.index"));
+}
+
+/// Units 0 to 69 of one width, and the names of their indexes.
+fn many(folder: &Path) -> (Vec<Unit>, Vec<String>) {
+    let units: Vec<Unit> = (0..70).map(|number| unit(number, "F16", 2)).collect();
+    for unit in &units {
+        write(folder, unit, &[(1, 1 + unit.number as usize), (3, 2)], 9);
+    }
+    let names = units.iter().map(Unit::index_name).collect();
+    (units, names)
+}
+
+/// What the manifest lists is what the headers say, is not read, and is not believed of an index that has changed since.
+#[test]
+fn what_the_manifest_lists_is_taken_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (written, names) = many(folder.path());
+    let headers = units::summaries(folder.path(), &names).unwrap();
+    let path = |at: usize| folder.path().join(&names[at]);
+    let manifest = |change: &dyn Fn(&mut Value)| {
+        let listed = names.iter().zip(&headers).take(60).enumerate();
+        let listed: Vec<Value> = listed
+            .map(|(at, (name, unit))| {
+                json!({"index": name, "bytes": path(at).metadata().unwrap().len(), "rows": unit.rows, "xxh3": "-"})
+            })
+            .collect();
+        let mut about = json!({
+            "schema": 1, "kind": "activations", "contract": written[0].contract, "dtype": "F16", "width": 2, "layers": {},
+            "units": listed,
+        });
+        change(&mut about);
+        std::fs::write(folder.path().join("manifest.json"), about.to_string()).unwrap();
+        units::summaries(folder.path(), &names)
+    };
+    assert_eq!(manifest(&|_| ()).unwrap(), headers);
+    let lie: &dyn Fn(&mut Value) = &|about| {
+        about["units"][5]["rows"] = json!({"1": 77});
+        about["units"][6]["rows"] = json!({"1": 77});
+    };
+    let found = manifest(lie).unwrap();
+    assert_eq!((found[5].rows[&1], found[6].rows[&1]), (77, 77), "the manifest is not read");
+
+    // Written again: the same bytes behind the manifest, or others of another length.
+    let sound = std::fs::read(path(5)).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    std::fs::write(path(5), &sound).unwrap();
+    let found = units::summaries(folder.path(), &names).unwrap();
+    assert_eq!((found[5].rows[&1], found[6].rows[&1]), (6, 77));
+    std::fs::write(path(6), b"cut").unwrap();
+    let touched = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+    File::options().write(true).open(path(6)).unwrap().set_modified(touched).unwrap();
+    assert!(refused(units::summaries(folder.path(), &names)).contains("0123abcd-00006.index"));
+
+    // One that says something else, or not all, is not believed in anything.
+    std::fs::write(path(6), &std::fs::read(path(7)).unwrap()).unwrap();
+    let changes: [&dyn Fn(&mut Value); 6] = [
+        &|about| about["schema"] = json!(2),
+        &|about| about["kind"] = json!("packed"),
+        &|about| about["units"][5]["rows"] = json!({"1": -1}),
+        &|about| about["units"][5]["rows"] = json!({"L1": 1}),
+        &|about| about["units"][5] = json!({"index": names[5]}),
+        &|about| *about = json!([about]),
+    ];
+    for change in changes {
+        let found = manifest(&|about| {
+            lie(about);
+            change(about);
+        });
+        assert_eq!(found.unwrap()[7..], headers[7..]);
+        assert_eq!(units::summaries(folder.path(), &names).unwrap()[5], headers[5]);
+    }
+    for text in ["", "{", "null"] {
+        std::fs::write(folder.path().join("manifest.json"), text).unwrap();
+        assert_eq!(units::summaries(folder.path(), &names).unwrap()[5], headers[5]);
+    }
 }

@@ -162,8 +162,8 @@ def _activations(path: Path) -> Found:
             listed = {str(unit["index"]) for unit in read_manifest(manifest)["units"]}
     except (ValueError, KeyError, TypeError) as error:
         notes.append(f"{manifest}: damaged: {error}; the same ao collect writes it again")
-        listed = {unit.path.name for unit in cache.units}
-    if new := {unit.path.name for unit in cache.units} - listed:
+        listed = {unit.index for unit in cache.units}
+    if new := {unit.index for unit in cache.units} - listed:
         notes.append(
             f"{len(new)} units are not in the manifest yet: it is being collected, or was stopped; the same ao collect goes on"
         )

@@ -11,6 +11,7 @@ mod header;
 pub mod index;
 pub mod keys;
 pub mod reader;
+pub mod units;
 pub mod writer;
 
 use safetensors::Dtype;

@@ -8,7 +8,7 @@ use ao_core::Error;
 use ao_core::activations::index::{self, Unit};
 use ao_core::activations::reader::{Mode, RowReader};
 use ao_core::activations::writer::UnitWriter;
-use ao_core::activations::{RowType, keys};
+use ao_core::activations::{RowType, keys, units};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -148,14 +148,14 @@ impl ActivationReader {
     }
 }
 
-/// Of each index: all that it says of its unit, what the units of a cache have in common, run, number, rows by layer.
+/// Of each unit: what the units of a cache have in common, run, number, rows by layer.
 #[pyfunction]
-pub fn activation_units(py: Python<'_>, indexes: Vec<PathBuf>) -> PyResult<Vec<UnitTuple>> {
-    let found = py.detach(|| index::summaries(&indexes)).map_err(to_python)?;
-    Ok(found.into_iter().map(|unit| (unit.about, unit.common, unit.run, unit.number, unit.rows)).collect())
+pub fn activation_units(py: Python<'_>, folder: PathBuf, indexes: Vec<String>) -> PyResult<Vec<UnitTuple>> {
+    let found = py.detach(|| units::summaries(&folder, &indexes)).map_err(to_python)?;
+    Ok(found.into_iter().map(|unit| (unit.common, unit.run, unit.number, unit.rows)).collect())
 }
 
-type UnitTuple = (String, String, String, u32, BTreeMap<u16, usize>);
+type UnitTuple = (String, String, u32, BTreeMap<u16, usize>);
 
 /// The arrays of an index.
 #[pyfunction]

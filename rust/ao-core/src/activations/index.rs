@@ -9,21 +9,18 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorView};
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use super::units::{Summary, common};
 use super::{BLOCK_BYTES, HEADER_BYTES, INDEX_SUFFIX, RowType, SCHEMA, TENSOR, header};
 use crate::error::{Error, Result};
 use crate::layout::{ArrayLayout, MAX_HEADER_BYTES, arrays};
 use crate::manifest::canonical_json;
 use crate::shard::METADATA_KEY;
-
-/// Fewer headers than these are read by one thread.
-const FEW: usize = 32;
 
 /// One unit: by whom it was written, and of what.
 #[derive(Debug, Clone)]
@@ -154,51 +151,14 @@ fn digest<'a>(about: &Value, tensors: impl Iterator<Item = (&'a str, &'a [u8])>)
     format!("{:032x}", hasher.digest128())
 }
 
-/// What the header of an index says.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Summary {
-    /// All of it, as canonical JSON.
-    pub about: String,
-    /// What all units of a cache have in common, as canonical JSON: `contract`, `dtype` and `width`.
-    pub common: String,
-    /// The run that wrote the unit.
-    pub run: String,
-    /// Number of the unit in its run.
-    pub number: u32,
-    /// Rows of each layer.
-    pub rows: BTreeMap<u16, usize>,
-}
-
-/// What the headers of indexes say; nothing else of them is read.
+/// Of one unit what its header says; nothing else of the index is read.
 ///
 /// # Errors
-/// If a file is missing, cut, or no index: that of the first one.
-pub fn summaries(paths: &[PathBuf]) -> Result<Vec<Summary>> {
-    // Threads of their own: a pool of threads does not outlive a fork of the process.
-    let threads = if paths.len() < FEW { 1 } else { thread::available_parallelism().map_or(1, usize::from) };
-    let each = |paths: &[PathBuf]| paths.iter().map(|path| summary(path)).collect::<Result<Vec<_>>>();
-    let found = thread::scope(|scope| {
-        let shares: Vec<_> =
-            paths.chunks(paths.len().div_ceil(threads).max(1)).map(|share| scope.spawn(move || each(share))).collect();
-        shares
-            .into_iter()
-            .map(|share| share.join().expect("a thread that reads does not panic"))
-            .collect::<Result<Vec<_>>>()
-    })?;
-    Ok(found.into_iter().flatten().collect())
-}
-
-fn summary(path: &Path) -> Result<Summary> {
-    let opened = Opened::new(path)?;
-    let about = &opened.about;
-    let common = json!({"contract": about["contract"], "dtype": about["dtype"], "width": about["width"]});
-    Ok(Summary {
-        about: canonical_json(about),
-        common: canonical_json(&common),
-        run: opened.unit.run,
-        number: opened.unit.number,
-        rows: opened.rows,
-    })
+/// If the file is missing, cut, or no index.
+pub(crate) fn summary(path: &Path) -> Result<Summary> {
+    let Opened { about, unit, rows, .. } = Opened::new(path)?;
+    let rows = rows.into_iter().filter(|(_, count)| *count > 0).collect();
+    Ok(Summary { common: common(&about), run: unit.run, number: unit.number, rows })
 }
 
 /// Where each array of an index lies. Only the header is read.
