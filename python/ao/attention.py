@@ -9,7 +9,6 @@ Shapes: T tokens of the row, N documents, S longest document, H heads, G key-val
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -126,7 +125,7 @@ def document_attention(
             f"{IMPLEMENTATION}: the documents hold {documents.slots_T.shape[0]} tokens, the row {query.shape[2]} queries "
             f"and {key.shape[2]} keys; a key-value cache must be off"
         )
-    if softcap is None and _fits_varlen(query, documents, sliding_window):
+    if softcap is None and _fits_varlen(query):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     unpacked = zip(_unpack(query, documents), _unpack(key, documents), _unpack(value, documents), strict=True)
     outputs = [_rectangle(q, k, v, scaling, sliding_window, softcap) for q, k, v in unpacked]
@@ -174,22 +173,25 @@ def packed_rows(model: PreTrainedModel) -> Iterator[None]:
 
 
 @cache
-def _varlen_options() -> frozenset[str]:
-    """What torch's varlen attention takes beside the common arguments: versions differ."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
+def _flash() -> Any:
+    """torch's flash kernel for ragged batches as it is; None where a version has it with other arguments.
+
+    `torch.nn.attention.varlen` calls the same, from a custom operator: several times what the kernel takes for a short row.
+    """
+    kernel = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if kernel is None:
+        return None
+    names = [argument.name for argument in kernel.default._schema.arguments]
+    expected = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    if names[:9] != expected or not {"scale", "window_size_left", "window_size_right"} <= set(names):
+        return None
+    return kernel.default
 
 
-def _fits_varlen(query: torch.Tensor, documents: Documents, window: int | None) -> bool:
+def _fits_varlen(query: torch.Tensor) -> bool:
     """Whether torch's flash kernel for ragged batches takes this: on CUDA, in half precision, heads of at most 256."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > VARLEN_HEAD:
-        return False
-    options = _varlen_options()
-    banded = window is not None and documents.longest > window
-    return "window_size" in options or ("is_causal" in options and not banded)
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and is_half and query.shape[-1] <= VARLEN_HEAD and _flash() is not None
 
 
 def _varlen(
@@ -200,32 +202,25 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """The same without padding: [1, T, H, E]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = _varlen_options()
-    arguments: dict[str, Any] = {}
-    if "window_size" in options:
-        arguments["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        arguments["is_causal"] = True
-    if "scale" in options:
-        arguments["scale"] = scaling
-    elif scaling is not None:
-        # Fixed at 1/sqrt(E) there.
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    # The kernel takes grouped heads as they are; only later versions want to be told.
-    if "enable_gqa" in options:
-        arguments["enable_gqa"] = key.shape[1] != query.shape[1]
-    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    """The same without padding: [1, T, H, E]; the kernel takes grouped heads as they are."""
+    query, key, value = (_tokens_first(states).contiguous() for states in (query, key, value))
     bounds, longest = documents.bounds, documents.longest
-    output: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **arguments)
+    # Causal is a band that ends at the token itself.
+    band = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+    output, *_ = _flash()(
+        query, key, value, bounds, bounds, longest, longest, 0.0, False, return_debug_mask=False, scale=scaling, **band
+    )
     return output.unsqueeze(0)
+
+
+def _tokens_first(states: torch.Tensor) -> torch.Tensor:
+    """[1, H, T, E] of a row as [T, H, E]; an index instead of `squeeze` would fill a whole gradient with zeros first."""
+    return states.squeeze(0).transpose(0, 1)
 
 
 def _unpack(states: torch.Tensor, documents: Documents) -> list[torch.Tensor]:
     """[1, H, T, E] of a row to [N, H, S, E] of each rectangle; right padding is zero and no real token sees it."""
-    flat = states[0].transpose(0, 1)
+    flat = _tokens_first(states)
     sizes = [num * longest for num, longest in documents.rectangles]
     # index_copy's backward is a plain gather; gathering with repeated indices would scatter-add instead.
     padded = flat.new_zeros(sum(sizes), *flat.shape[1:]).index_copy(0, documents.slots_T, flat)

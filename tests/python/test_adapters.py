@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ao.config import TrainConfig
 from ao.distributed import Ranks
-from ao.models import adapters
 from ao.models import arch as archs
-from ao.models.adapters import _taken, add_adapter, as_oracle, as_target, lean_forward, load_adapter, save_adapter
+from ao.models import lora
+from ao.models.adapters import _taken, add_adapter, as_oracle, as_target, load_adapter, save_adapter
+from ao.models.lora import lean_forward
 from ao.shards import Datapoint
-from ao.training import step
 from ao.training.step import Learner
 from conftest import FAMILIES, SMALL, sequences, small_model
 
@@ -67,7 +69,7 @@ class SameDraws(torch.nn.Dropout):
     """Dropout with the masks of the lean forward."""
 
     def forward(self, x):
-        dropped, _, keep = adapters._dropout(x.reshape(-1, x.shape[-1]), self.p)
+        dropped, _, keep = lora._dropout(x.reshape(-1, x.shape[-1]), self.p)
         return dropped.view(x.shape) / keep
 
 
@@ -81,7 +83,7 @@ def test_the_lean_forward_is_pefts(tmp_path, dropout, rng):
             torch.nn.init.normal_(parameter, std=0.2)
     for module in peft.modules():
         if dropout and isinstance(module, LoraLayer):
-            module.lora_dropout[adapters.NAME] = SameDraws(dropout)
+            module.lora_dropout[lora.NAME] = SameDraws(dropout)
     ids = torch.from_numpy(sequences(rng, [9])[0])[None]
 
     def run():
@@ -128,8 +130,10 @@ def test_matrices_that_are_cast_already_give_the_same(dropout, is_plain):
         return (x @ weight.t() if y is None else y) + 2.0 * dropped @ down.t() @ up.t()
 
     def ours(y, weight):
-        cast = down.detach().clone(), up.detach().clone()
-        return adapters._CastLoraLinear.apply(x, y, weight, down, up, *cast, 2.0, dropout)
+        matrices = down.detach().clone(), up.detach().clone()
+        cast = lora.CastMatrices(*matrices, *(matrix.t() for matrix in matrices))
+        layer: Any = SimpleNamespace(cast=cast, scaling=2.0, down=down, up=up)
+        return lora._CastLoraLinear.apply(x, y, down, layer, weight, dropout)
 
     assert_close(run(ours), run(plain), rtol=1e-5, atol=1e-4)
 
@@ -151,10 +155,10 @@ def test_a_learner_casts_at_every_row_outside_of_autograd(gemma, rng):
             forward.cast = None
         learner._casts = []
         expected = gradient()
-        learner._casts = step._cast(learner.weights, forwards, dtype=torch.float32)
-        learner._casts[0].fill_(torch.nan)
+        learner._casts = lora.cast_ahead(learner.weights, forwards, dtype=torch.float32)
+        learner._casts[0].values.fill_(torch.nan)
         assert_close(gradient(), expected)
-        assert learner._casts[0].grad_fn is None
+        assert learner._casts[0].values.grad_fn is None
         learner.weights.data += 0.1 * torch.randn_like(learner.weights)
         assert_close(gradient(), gradient())
         assert not torch.equal(gradient(), expected)
@@ -172,7 +176,7 @@ def small_datapoint(rng):
 def test_dropout_drops_its_share(p):
     torch.manual_seed(0)
     x = torch.ones(999, 1001)
-    dropped, mask, keep = adapters._dropout(x, p)
+    dropped, mask, keep = lora._dropout(x, p)
     assert abs(keep - (1 - p)) < 1e-5
     assert torch.equal(dropped, mask.float())
     assert abs(mask.float().mean() - keep) < 4 * (p * (1 - p) / x.numel()) ** 0.5

@@ -441,7 +441,9 @@ def test_a_manifest_that_lies_is_found(tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     layer = ActivationCache.open(tmp_path).layer(1)
     assert len(layer) == 5
-    with pytest.raises(ValueError, match="run-00001.index.safetensors: layer 1 has 3 rows, 2 when the cache was opened"):
+    with pytest.raises(
+        ValueError, match=r"run-00001\.index\.safetensors: layer 1 has 3 rows, 2 when the cache was opened"
+    ):
         layer.find(some_keys(1))
     with pytest.raises(ValueError, match="the files hold 6 rows, their indexes list 5"):
         layer.gather(np.array([0]))

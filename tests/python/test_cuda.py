@@ -147,7 +147,7 @@ def test_matrices_that_are_cast_ahead_teach_the_same(
     chosen = replace(recipe, model=replace(recipe.model, device=device), train=settings)
     for way in ("ahead", "at every call"):
         if way == "at every call":
-            monkeypatch.setattr(step, "_cast", lambda *_, **__: [])
+            monkeypatch.setattr(step, "cast_ahead", lambda *_, **__: [])
         losses[way] = train(chosen, data=recipe.data.out, out=tmp_path / way)["losses"]
     assert losses["ahead"][-1] < losses["ahead"][0]
     np.testing.assert_allclose(losses["ahead"], losses["at every call"], rtol=2e-2)

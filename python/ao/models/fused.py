@@ -65,7 +65,7 @@ class _FusedNorm:
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = getattr(self.module, "weight", None)
-        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
+        return torch.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
 
 
 def fuse_rotary(model: nn.Module) -> int:
@@ -143,7 +143,7 @@ def _turned(
     x: torch.Tensor, cos: torch.Tensor, to_first: torch.Tensor, to_second: torch.Tensor, *, sign: int
 ) -> torch.Tensor:
     turned = x * cos
-    (first, second), (x_first, x_second) = turned.chunk(2, dim=-1), x.chunk(2, dim=-1)
-    first.addcmul_(x_second, to_first, value=-sign)
-    second.addcmul_(x_first, to_second, value=sign)
+    half = x.shape[-1] // 2
+    turned.narrow(-1, 0, half).addcmul_(x.narrow(-1, half, half), to_first, value=-sign)
+    turned.narrow(-1, half, half).addcmul_(x.narrow(-1, 0, half), to_second, value=sign)
     return turned

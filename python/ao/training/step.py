@@ -22,8 +22,9 @@ from ao.injection import Injector
 from ao.loss import answer_loss, labels_of
 from ao.models import arch as archs
 from ao.models import split
-from ao.models.adapters import LeanLora, add_adapter, as_oracle, lean_forward
+from ao.models.adapters import add_adapter, as_oracle
 from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks, recompute_runs_hooks
+from ao.models.lora import LeanLora, cast_ahead, lean_forward
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
 
@@ -84,7 +85,7 @@ class Learner:
         self.optimizer = _optimizer(self.weights, config)
         # Compiled blocks would trace how gradients are added.
         is_cast = here.device.type == "cuda" and model.dtype != self.weights.dtype and not config.compile
-        self._casts = _cast(self.weights, forwards, dtype=model.dtype) if is_cast else []
+        self._casts = cast_ahead(self.weights, forwards, dtype=model.dtype) if is_cast else []
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: TrainConfig, here: Ranks) -> Learner:
@@ -171,7 +172,7 @@ class Learner:
         """Loss sum of one row, whose gradient is added up where gradients are on, and its five counts."""
         # At every row, whoever has moved the weights; outside of autograd, to which the copies are constants.
         for cast in self._casts:
-            cast.copy_(self.weights.detach())
+            cast.take(self.weights)
         sequences = [point.input_ids for point in points]
         multiple = COMPILED_MULTIPLE if self.config.compile else 1
         batch = lay_out(sequences, packed=self.arch.attention_only, device=self.here.device, multiple=multiple)
@@ -236,22 +237,6 @@ def _flatten(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, 
         parameter.grad = flat.grad[first:end].view_as(parameter)
         first = end
     return flat, flat.grad
-
-
-def _cast(weights: torch.nn.Parameter, forwards: Sequence[LeanLora], *, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Copies of the flat buffer as the bases of these forwards compute, one on each device; the forwards take their matrices
-    from there. One kernel casts all of them, where each by itself would be two for every linear."""
-    copies: dict[torch.device, torch.Tensor] = {}
-    for forward in forwards:
-        device = forward.base.weight.device
-        if device not in copies:
-            copies[device] = weights.detach().to(device, dtype, copy=True)
-        views = []
-        for parameter in (forward.down.weight, forward.up.weight):
-            first = parameter.storage_offset()
-            views.append(copies[device][first : first + parameter.numel()].view_as(parameter))
-        forward.cast = (views[0], views[1])
-    return list(copies.values())
 
 
 def _optimizer(weights: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
