@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import mmap
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +82,8 @@ class CachedLayer:
         self.width = width
         """Values of a row."""
         self._units = [unit for unit in units if layer in unit.rows]
-        self._starts = np.cumsum([0, *(unit.rows[layer] for unit in self._units)])
+        # A list: to find a row in it takes a tenth of what it takes in a small array.
+        self._starts = [0, *accumulate(unit.rows[layer] for unit in self._units)]
         self._views: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +91,7 @@ class CachedLayer:
         return {name: value for name, value in vars(self).items() if name not in ("_reader", "_keys")} | {"_views": {}}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, which: int | slice) -> np.ndarray:
         """A row [D], or rows [K, D] side by side in one unit, as a read-only view of the file; BF16 as its uint16 bits."""
@@ -102,16 +105,16 @@ class CachedLayer:
                     f"layer {self.layer}: rows {start}..{stop} in steps of {step} do not lie side by side in one file; "
                     "use gather"
                 )
-            first = int(self._starts[unit])
+            first = self._starts[unit]
             return self._view(unit)[start - first : stop - first]
         if not -len(self) <= which < len(self):
             raise IndexError(f"layer {self.layer}: row {which} of {len(self)}")
         which %= len(self)
         unit = self._unit(which)
-        return self._view(unit)[which - int(self._starts[unit])]
+        return self._view(unit)[which - self._starts[unit]]
 
     def _unit(self, row: int) -> int:
-        return int(self._starts.searchsorted(row, side="right")) - 1
+        return bisect_right(self._starts, row) - 1
 
     def _view(self, unit: int) -> np.ndarray:
         if unit not in self._views:
