@@ -310,15 +310,19 @@ class ActivationReader:
 
     Args:
         paths: Files of rows.
+        rows: How many each is to hold.
+        contract_json: What they are to be.
         dtype: BF16, F16 or F32.
         width: Values of a row.
 
     Raises:
-        AoError: A file is cut, or another than its name says.
+        AoError: A file is cut, another than its name says, or holds other rows.
         FileNotFoundError: One is missing.
     """
 
-    def __new__(cls, paths: Sequence[str | PathLike[str]], *, dtype: str, width: int) -> ActivationReader: ...
+    def __new__(
+        cls, paths: Sequence[str | PathLike[str]], *, rows: Sequence[int], contract_json: str, dtype: str, width: int
+    ) -> ActivationReader: ...
     def __len__(self) -> int:
         """Rows in all files."""
     def gather(self, rows: Buffer, out: Buffer, *, mode: str = "auto") -> None:
@@ -332,9 +336,12 @@ class ActivationReader:
 def context_keys(ids: Buffer) -> bytes:
     """For each of int32 [n] ids the key of its position, uint64 [n, 2]: upper and lower half of a chained xxh3-128."""
 
-def activation_units(folder: str | PathLike[str], indexes: Sequence[str]) -> list[tuple[str, str, int, dict[int, int]]]:
+def activation_units(
+    folder: str | PathLike[str], indexes: Sequence[str], *, headers: bool = False
+) -> list[tuple[str, str, int, dict[int, int]]]:
     """Of the unit of each index what a cache's units have in common (contract, dtype, width), as canonical JSON, its run, its
-    number, and its rows by layer. From the manifest where it lists the index as it is; of others the header is read."""
+    number, and its rows by layer. From the manifest where it lists the index as it is; of others, and with `headers` of all,
+    the header is read."""
 
 def activation_arrays(index: str | PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Name, type, shape and byte offset of the arrays of a unit's index."""

@@ -182,8 +182,19 @@ def _flash() -> Any:
     if kernel is None:
         return None
     names = [argument.name for argument in kernel.default._schema.arguments]
-    expected = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
-    if names[:9] != expected or not {"scale", "window_size_left", "window_size_right"} <= set(names):
+    expected = [
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
+    if names[:10] != expected or not {"scale", "window_size_left", "window_size_right"} <= set(names):
         return None
     return kernel.default
 
@@ -207,9 +218,7 @@ def _varlen(
     bounds, longest = documents.bounds, documents.longest
     # Causal is a band that ends at the token itself.
     band = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-    output, *_ = _flash()(
-        query, key, value, bounds, bounds, longest, longest, 0.0, False, return_debug_mask=False, scale=scaling, **band
-    )
+    output, *_ = _flash()(query, key, value, bounds, bounds, longest, longest, 0.0, False, False, scale=scaling, **band)
     return output.unsqueeze(0)
 
 

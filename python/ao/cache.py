@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ao import _ao
-from ao.cache_files import HEADER_BYTES, MANIFEST, NUMPY, CachedUnit, index_names, open_rows
+from ao.cache_files import HEADER_BYTES, MANIFEST, NUMPY, CachedUnit, index_names, manifest_text, open_rows
 from ao.config import ModelConfig
-from ao.manifest import adapter_fingerprint, canonical_json, require_match, write_atomic
+from ao.manifest import adapter_fingerprint, require_match, write_atomic
 from ao.prompt import framer, identity, model_folder, target_of
 
 SCHEMA = 1
@@ -134,8 +134,7 @@ class CachedLayer:
 
     @cached_property
     def _reader(self) -> _ao.ActivationReader:
-        paths = [unit.file(self.layer) for unit in self._units]
-        return open_rows(paths, len(self), layer=self.layer, dtype=self.dtype, width=self.width)
+        return open_rows(self._units, self.layer)
 
     def require_files(self) -> None:
         """Refuse files that are missing, cut, or another's; their rows are not read.
@@ -297,6 +296,7 @@ class ActivationCache:
         run: str | None = None,
         unit: int | None = None,
         without: str | None = None,
+        headers: bool = False,
     ) -> ActivationCache:
         """Open what is there, also while more is being written: units that are finished by then.
 
@@ -306,10 +306,12 @@ class ActivationCache:
             run: Only units of this run.
             unit: Only units of this number.
             without: No units of this run.
+            headers: Read the header of every index, whatever the manifest says: for what judges, deletes or writes.
 
         Raises:
             FileNotFoundError: there is no finished unit.
-            ValueError: an index is damaged, units differ in what they hold, or the contract does not match.
+            ValueError: the header of an index that was read is damaged, units differ in what they hold, or the contract does
+                not match.
         """
         folder = Path(path)
         indexes = index_names(folder, run=run, unit=unit)
@@ -317,7 +319,7 @@ class ActivationCache:
             indexes = [index for index in indexes if not index.startswith(f"{without}-")]
         if not indexes:
             raise FileNotFoundError(f"{folder}: no finished unit of an activation cache; make one with ao collect")
-        cache = cls(folder, CachedUnit.all(folder, indexes))
+        cache = cls(folder, CachedUnit.all(folder, indexes, headers=headers))
         if contract is not None:
             require_match(
                 f"{folder}: collected from",
@@ -403,7 +405,7 @@ class ActivationCache:
                 for unit in self.units
             ],
         }
-        write_atomic(self.folder / MANIFEST, canonical_json(manifest) + "\n")
+        write_atomic(self.folder / MANIFEST, manifest_text(manifest))
         return manifest
 
 

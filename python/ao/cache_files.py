@@ -5,18 +5,19 @@ A unit has a file of rows for each layer and an index, which is written last: wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ao import _ao
-from ao.manifest import read_manifest
+from ao.manifest import canonical_json, read_manifest
 
 MANIFEST = "manifest.json"
 HEADER_BYTES = 4096
@@ -28,6 +29,8 @@ PLAIN = "*.plain.safetensors"
 NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U64": "<u8"}
 """Types of rows and of an index's arrays, by the names that safetensors gives them; BF16 by its bits."""
 
+_OWN_DIGEST = ',"sha256":"'
+"""What stands behind all that a manifest says, and before the digest of that."""
 _FILE = re.compile(r"([0-9a-f]{16})-(\d{5,})(?:-L\d{3,}|\.(index|plain))\.safetensors")
 
 
@@ -46,6 +49,12 @@ class UnitFile(NamedTuple):
         return match and cls(match[1], int(match[2]), match[3] or "rows")
 
 
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """What stands in a manifest: canonical JSON, and as its last field the sha256 of all before that field."""
+    said = canonical_json(manifest).removesuffix("}")
+    return f'{said}{_OWN_DIGEST}{hashlib.sha256(said.encode()).hexdigest()}"}}\n'
+
+
 def rows_name(run: str, unit: int, layer: int) -> str:
     """Name of the file of a layer's rows."""
     return f"{run}-{unit:05d}-L{layer:03d}.safetensors"
@@ -62,8 +71,12 @@ def index_names(folder: Path, *, run: str | None = None, unit: int | None = None
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    start, end = "" if run is None else f"{run}-", INDEX.removeprefix("*") if unit is None else index_name("", unit)
-    return sorted(name for name in names if name.endswith(end) and name.startswith(start))
+    end = INDEX.removeprefix("*") if unit is None else index_name("", unit)
+    names = [name for name in names if name.endswith(end)]
+    if run is not None:
+        numbers = ((name, name.removesuffix(INDEX.removeprefix("*")).removeprefix(f"{run}-")) for name in names)
+        names = [name for name, number in numbers if number.isdecimal()]
+    return sorted(names)
 
 
 def plain_name(run: str, unit: int) -> str:
@@ -86,14 +99,14 @@ class CachedUnit:
         """Rows of each layer that has any."""
 
     @classmethod
-    def all(cls, folder: Path, indexes: Sequence[str]) -> list[CachedUnit]:
-        """The units of indexes of a folder, in their order.
+    def all(cls, folder: Path, indexes: Sequence[str], *, headers: bool = False) -> list[CachedUnit]:
+        """The units of indexes of a folder, in their order; with `headers` whatever the manifest says of them.
 
         Raises:
             FileNotFoundError: one is missing.
             ValueError: one is damaged.
         """
-        found = _ao.activation_units(folder, indexes)
+        found = _ao.activation_units(folder, indexes, headers=headers)
         return [cls(folder, index, *unit) for index, unit in zip(indexes, found, strict=True)]
 
     @property
@@ -112,47 +125,54 @@ class CachedUnit:
             FileNotFoundError: one is missing.
             ValueError: one is damaged or another's; names it.
         """
-        common = json.loads(self.common)
-        for layer, rows in self.rows.items():
-            open_rows([self.file(layer)], rows, layer=layer, dtype=common["dtype"], width=common["width"])
+        for layer in self.rows:
+            open_rows([self], layer)
 
     def array(self, name: str, layer: int) -> np.ndarray:
         """An array of the index.
 
         Raises:
             KeyError: there is none of this name.
-            ValueError: the index is damaged, or another than was listed when the cache was opened.
+            ValueError: the index is damaged, or says something else than was known when the cache was opened.
+            FileNotFoundError: it is gone.
         """
         # Read, not mapped: a mapping keeps its file open, and a large cache has hundreds of indexes.
         if f"{name}.{layer}" not in self._arrays:
             raise KeyError(f"{self.path}: no array {name}.{layer}")
         dtype, [count], offset = self._arrays[f"{name}.{layer}"]
-        if name != "blocks" and count != self.rows[layer]:
-            raise ValueError(
-                f"{self.path}: layer {layer} has {count} rows, {self.rows[layer]} when the cache was opened; if it was not "
-                "written again meanwhile, manifest.json is damaged: see ao inspect --verify"
-            )
         return np.fromfile(self.path, NUMPY[dtype], count=count, offset=offset)
 
     @cached_property
     def _arrays(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        return {name: (dtype, shape, offset) for name, dtype, shape, offset in _ao.activation_arrays(self.path)}
+        known = (self.common, self.run, self.number, self.rows)
+        try:
+            [found] = _ao.activation_units(self.folder, [self.index], headers=True)
+            arrays = _ao.activation_arrays(self.path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path}: gone since the cache was opened; open it again") from None
+        if found != known:
+            raise ValueError(
+                f"{self.path}: its header says {list(found)}, and {list(known)} was known of it when the cache was opened; if "
+                f"nobody wrote it again meanwhile, remove {self.folder / MANIFEST}, which is damaged, and open the cache again"
+            )
+        return {name: (dtype, shape, offset) for name, dtype, shape, offset in arrays}
 
 
-def open_rows(paths: list[Path], rows: int, *, layer: int, dtype: str, width: int) -> _ao.ActivationReader:
-    """A reader of the files of a layer, which must hold so many rows.
+def open_rows(units: Sequence[CachedUnit], layer: int) -> _ao.ActivationReader:
+    """A reader of a layer's rows in units of one cache.
 
     Raises:
-        FileNotFoundError: one is missing.
-        ValueError: one is damaged or another's, or they hold another number of rows.
+        FileNotFoundError: a file is missing.
+        ValueError: one is damaged, another's, or holds other rows than its unit is to have.
     """
-    reader = _ao.ActivationReader(paths, dtype=dtype, width=width)
-    if len(reader) != rows:
-        raise ValueError(
-            f"{paths[0].parent}: layer {layer}: the files hold {len(reader)} rows, their indexes list {rows}; ao inspect "
-            "--verify names what is damaged"
-        )
-    return reader
+    common = json.loads(units[0].common)
+    return _ao.ActivationReader(
+        [unit.file(layer) for unit in units],
+        rows=[unit.rows[layer] for unit in units],
+        contract_json=json.dumps(common["contract"]),
+        dtype=common["dtype"],
+        width=common["width"],
+    )
 
 
 def unlisted(path: str | Path) -> list[Path]:
@@ -162,7 +182,7 @@ def unlisted(path: str | Path) -> list[Path]:
     rows = {file.name: file for file in files if (of := UnitFile.named(file.name)) and of.kind == "rows"}
     for index in folder.glob(INDEX):
         try:
-            [unit] = CachedUnit.all(folder, [index.name])
+            [unit] = CachedUnit.all(folder, [index.name], headers=True)
             listed = {unit.file(layer).name for layer in unit.rows}
         except (ValueError, OSError):
             # What it lists nobody can tell.
@@ -200,24 +220,33 @@ def verify(path: str | Path, *, step: Callable[[int], object] = lambda units: No
         for file in unlisted(folder)
         if file in rows_before
     ]
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        try:
-            listed = {str(unit["index"]): unit["xxh3"] for unit in read_manifest(manifest)["units"]}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            return [*problems, f"{manifest}: damaged: {error}; run ao collect again"]
-        missing = sorted(listed.keys() - set(indexes))
-        problems += [f"{folder / name}: missing, though manifest.json lists it" for name in missing]
-        problems += [
-            f"{folder / name}: not the file that manifest.json lists; run ao collect again"
-            for name in indexes
-            if name in listed and _ao.input_digest(str(folder / name)) != listed[name]
-        ]
-        # One by one they are read from the headers.
-        believed = _ao.activation_units(folder, whole)
-        problems += [
-            f"{manifest}: damaged: it does not say of {name} what its header says; run ao collect again"
-            for name, unit in zip(whole, believed, strict=True)
-            if [unit] != _ao.activation_units(folder, [name])
-        ]
+    if (folder / MANIFEST).is_file():
+        problems += _wrong_in_manifest(folder / MANIFEST, indexes, CachedUnit.all(folder, whole, headers=True))
+    return problems
+
+
+def _wrong_in_manifest(path: Path, indexes: Sequence[str], whole: Sequence[CachedUnit]) -> list[str]:
+    """What a manifest says of the indexes of its folder, and of the whole units among them, that is not so."""
+    folder = path.parent
+    try:
+        manifest = read_manifest(path)
+        own = manifest.pop("sha256", None)
+        digests = {str(unit["index"]): unit["xxh3"] for unit in manifest["units"]}
+        rows = {str(unit["index"]): dict(unit["rows"]) for unit in manifest["units"]}
+        common = canonical_json({name: manifest[name] for name in ("contract", "dtype", "width")})
+        is_itself = path.read_bytes() == manifest_text(manifest).encode()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return [f"{path}: damaged: {error}; run ao collect again"]
+    problems = [
+        f"{folder / name}: missing, though {MANIFEST} lists it" for name in sorted(digests.keys() - set(indexes))
+    ]
+    again = "run ao collect again, or remove it"
+    if not is_itself:
+        problems.append(f"{path}: damaged, or written by hand: its sha256 {own} is not that of what it says; {again}")
+    other = {name for name in indexes if name in digests and _ao.input_digest(str(folder / name)) != digests[name]}
+    problems += [f"{folder / name}: not the file that {MANIFEST} lists; run ao collect again" for name in sorted(other)]
+    for unit in whole:
+        found = (unit.common, {str(layer): count for layer, count in unit.rows.items()})
+        if unit.index in rows.keys() - other and (common, rows[unit.index]) != found:
+            problems.append(f"{path}: damaged: it does not say of {unit.index} what its header says; {again}")
     return problems

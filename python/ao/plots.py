@@ -154,8 +154,9 @@ def norm_chart(path: str | Path, norms: Mapping[int, np.ndarray], *, title: str)
     _text(figure, 0.2, height - 0.36, visible_line(title), size=12.5, weight="bold")
     _text(figure, 0.2, height - 0.58, "norms of the residual stream, rows by layer", size=9, color=_SOFT)
     finite = {layer: values[np.isfinite(values)] for layer, values in norms.items()}
-    there = np.concatenate([np.ones(1), *finite.values()])
-    least, most = np.quantile(there[there > 0], [0.0005, 0.9995])
+    there = np.concatenate([np.empty(0), *finite.values()])
+    there = there[there > 0] if (there > 0).any() else np.ones(1)
+    least, most = np.quantile(there, [0.0005, 0.9995])
     edges = np.geomspace(least * 0.98, most * 1.02, 90)
     for place, (layer, values) in enumerate(sorted(finite.items())):
         bottom = 0.42 + step * place

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ import xxhash
 import small_disk
 from ao import _ao
 from ao.cache import MODES, QUANTILES, ActivationCache, CachedLayer, context_keys, contract_of, norm_statistics
-from ao.cache_files import verify
+from ao.cache_files import manifest_text, verify
+from ao.collect.missing import remove_leftovers
+from ao.collect.sinks import finish_cache
 from ao.config import ModelConfig
-from ao.manifest import canonical_json
+from ao.manifest import canonical_json, read_manifest
 from ao.prompt import model_folder
 from mixture import files
 
@@ -373,7 +376,7 @@ def test_norm_statistics_are_numpys(tmp_path: Path) -> None:
     made.append(1, some_keys(1000), norms, drawn(1000))
     made.finish()
     manifest = ActivationCache.open(tmp_path).write_manifest()
-    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    assert (tmp_path / "manifest.json").read_text() == manifest_text(manifest)
     (found,) = manifest["layers"].values()
     finite = np.delete(norms, [3, 5, 7]).astype(np.float64)
     assert (found["rows"], found["not_finite"]) == (1000, 3)
@@ -428,33 +431,114 @@ def test_verify_lists_every_damage(tmp_path: Path) -> None:
         layer[0]
 
 
-def test_a_manifest_that_lies_is_found(tmp_path: Path) -> None:
-    """Of several units it is believed; what is read says otherwise, and so does verify."""
-    for unit in range(2):
-        write_unit(tmp_path, unit, 3)
-    path = tmp_path / "manifest.json"
-    manifest = ActivationCache.open(tmp_path).write_manifest()
-    assert [unit.rows for unit in ActivationCache.open(tmp_path).units] == [{1: 3}] * 2
-    assert verify(tmp_path) == []
+def lie(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """Write a manifest that says something else, with the digest of that; returns its path."""
+    path = folder / "manifest.json"
+    manifest = read_manifest(path)
+    del manifest["sha256"]
+    change(manifest)
+    path.write_text(manifest_text(manifest))
+    return str(path)
 
-    manifest["units"][1]["rows"] = {"1": 2}
-    path.write_text(json.dumps(manifest))
+
+def three_units(folder: Path, run: str = "run", **settings: Any) -> Path:
+    for unit in range(3):
+        write_unit(folder, unit, 3, run=run, **settings)
+    ActivationCache.open(folder).write_manifest()
+    return folder
+
+
+def set_rows(unit: int, rows: dict[str, int]) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest["units"][unit].update(rows=rows)
+
+
+def test_a_manifest_is_believed_until_it_is_read(tmp_path: Path) -> None:
+    """What it says of a unit is compared with the unit's own files before any row of it is given out."""
+    path = lie(three_units(tmp_path), set_rows(1, {"1": 2}))
     layer = ActivationCache.open(tmp_path).layer(1)
-    assert len(layer) == 5
-    with pytest.raises(
-        ValueError, match=r"run-00001\.index\.safetensors: layer 1 has 3 rows, 2 when the cache was opened"
-    ):
+    assert len(layer) == 8, "the manifest is not read"
+    found = r"run-00001\.index\.safetensors: its header says .*\{1: 3\}\], and .*\{1: 2\}\] was known.* remove .*manifest\.json"
+    with pytest.raises(ValueError, match=found):
         layer.find(some_keys(1))
-    with pytest.raises(ValueError, match="the files hold 6 rows, their indexes list 5"):
-        layer.gather(np.array([0]))
+    for read in (lambda: layer.gather(np.array([0])), lambda: layer[0], lambda: layer.prefetch(np.array([0]))):
+        with pytest.raises(ValueError, match=r"run-00001-L001\.safetensors: it holds 3 rows, its index lists 2"):
+            read()
+    assert len(ActivationCache.open(tmp_path, headers=True).layer(1)) == 9
     (line,) = verify(tmp_path)
     assert line.startswith(f"{path}: damaged: it does not say of run-00001.index.safetensors what its header says")
+    Path(path).unlink()
+    assert len(ActivationCache.open(tmp_path).layer(1)) == 9
 
-    manifest["units"][1]["rows"] = {"1": 3}
-    path.write_text(json.dumps({**manifest, "contract": {"model": "other"}}))
-    assert len(verify(tmp_path)) == 2
-    path.unlink()
-    assert [unit.rows for unit in ActivationCache.open(tmp_path).units] == [{1: 3}] * 2
+
+def test_counts_that_add_up_are_compared_one_by_one(tmp_path: Path) -> None:
+    path = three_units(tmp_path)
+    lie(path, set_rows(0, {"1": 2}))
+    lie(path, set_rows(2, {"1": 4}))
+    layer = ActivationCache.open(tmp_path).layer(1)
+    assert len(layer) == 9
+    with pytest.raises(ValueError, match=r"run-00000-L001\.safetensors: it holds 3 rows, its index lists 2"):
+        layer[2]
+
+
+def test_rows_of_another_target_are_refused_whatever_the_manifest_says(tmp_path: Path) -> None:
+    """Units of the same names and sizes, put there with their times, and the manifest behind them."""
+    own, other = three_units(tmp_path / "own"), three_units(tmp_path / "other", contract={**CONTRACT, "model": "evil"})
+    text = (own / "manifest.json").read_bytes()
+    for file in other.glob("*.safetensors"):
+        shutil.copy2(file, own / file.name)
+    (own / "manifest.json").write_bytes(text)
+    cache = ActivationCache.open(own, contract=CONTRACT)
+    with pytest.raises(ValueError, match=r"its header says .*evil"):
+        cache.layer(1).find(some_keys(1))
+    with pytest.raises(ValueError, match=r"its rows are of .*evil.*, by its index of .*tiny"):
+        cache.layer(1)[0]
+    with pytest.raises(ValueError, match="collected from"):
+        ActivationCache.open(own, contract=CONTRACT, headers=True)
+
+
+def test_indexes_that_changed_places_are_refused(tmp_path: Path) -> None:
+    three_units(tmp_path)
+    text = (tmp_path / "manifest.json").read_bytes()
+    first, second = (tmp_path / f"run-0000{unit}.index.safetensors" for unit in range(2))
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"run-00000\.index\.safetensors: its header says .*'run', 1.*'run', 0"):
+        ActivationCache.open(tmp_path).layer(1).find(some_keys(1))
+
+
+def test_what_is_edited_by_hand_is_not_believed(tmp_path: Path) -> None:
+    path = three_units(tmp_path) / "manifest.json"
+    for change in (lambda text: text.replace('"rows":{"1":3}', '"rows":{}'), lambda text: text.replace("tiny", "tidy")):
+        text = path.read_text()
+        assert change(text) != text
+        path.write_text(change(text))
+        cache = ActivationCache.open(tmp_path, contract=CONTRACT)
+        assert [unit.rows for unit in cache.units] == [{1: 3}] * 3
+        assert "damaged, or written by hand: its sha256" in verify(tmp_path)[0]
+        path.write_text(text)
+
+
+def test_nothing_is_deleted_on_a_manifests_word(tmp_path: Path) -> None:
+    """Clean-up and the new manifest go by the headers."""
+    three_units(tmp_path, run="0" * 16)
+    before = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    lie(tmp_path, set_rows(1, {"1": 2}))
+    remove_leftovers(tmp_path, finished="0" * 16)
+    finish_cache(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == before
+    assert verify(tmp_path) == []
+    assert len(ActivationCache.open(tmp_path).layer(1)) == 9
+
+
+def test_a_run_is_not_another_that_begins_alike(tmp_path: Path) -> None:
+    for run in ("a", "a-b"):
+        write_unit(tmp_path, 0, 3, run=run)
+    for run in ("a", "a-b"):
+        for only in ({}, {"unit": 0}):
+            assert [unit.run for unit in ActivationCache.open(tmp_path, run=run, **only).units] == [run]
+    assert len(ActivationCache.open(tmp_path, unit=0).units) == 2
 
 
 def test_verify_lists_a_manifest_of_other_units(tmp_path: Path) -> None:

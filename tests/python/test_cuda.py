@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from ao.attention import VARLEN_HEAD, Documents, document_attention
+from ao.attention import VARLEN_HEAD, Documents, _flash, document_attention
 from ao.cache import ActivationCache
 from ao.collect import wanted
 from ao.collect.run import collect
 from ao.config import Recipe, parse_recipe
+from ao.models import lora
 from ao.pack import pack
 from ao.train import train
 from ao.training import step
@@ -134,6 +135,19 @@ def test_a_split_model_recomputes_with_the_same_draws(recipe: Recipe, tmp_path: 
         chosen = replace(recipe, model=model, train=replace(recipe.train, dropout=0.4, recompute=recompute))
         losses[recompute] = train(chosen, data=recipe.data.out, out=tmp_path / recompute)["losses"]
     np.testing.assert_allclose(losses["on"], losses["off"], rtol=1e-4)
+
+
+def test_the_flash_kernel_is_called_as_it_is() -> None:
+    """In another form rows would go the slow way, with the same numbers."""
+    assert _flash() is not None
+
+
+def test_products_are_added_to_gradients_in_fp32() -> None:
+    left, right, into = torch.randn(300, 64), torch.randn(64, 40), torch.randn(300, 40)
+    left, right, into = left.bfloat16().cuda(), right.bfloat16().cuda(), into.cuda()
+    expected = into.double() + 0.5 * left.double() @ right.double()
+    lora._add_product(into, left, right, 0.5)
+    torch.testing.assert_close(into.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cuda", "split"])

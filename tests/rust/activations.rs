@@ -324,7 +324,7 @@ fn each_kind_of_damage_is_named() {
         std::fs::write(&index, &sound[..length]).unwrap();
         refused(index::verify(&index));
         refused(index::layout(&index));
-        refused(units::summaries(folder.path(), &[unit.index_name()]));
+        refused(units::summaries(folder.path(), &[unit.index_name()], false));
     }
     std::fs::write(&index, [&sound[..], b"\0"].concat()).unwrap();
     assert!(refused(index::layout(&index)).contains("damaged: expected"));
@@ -543,18 +543,18 @@ fn a_folder_in_memory() {
 fn many_headers_are_summarized() {
     let folder = tempfile::tempdir().unwrap();
     let (units, names) = many(folder.path());
-    let found = units::summaries(folder.path(), &names).unwrap();
+    let found = units::summaries(folder.path(), &names, false).unwrap();
     for ((summary, unit), name) in found.iter().zip(&units).zip(&names) {
-        assert_eq!(&units::summaries(folder.path(), std::slice::from_ref(name)).unwrap()[0], summary);
+        assert_eq!(&units::summaries(folder.path(), std::slice::from_ref(name), false).unwrap()[0], summary);
         assert_eq!((summary.run.as_str(), summary.number), ("0123abcd", unit.number));
         assert_eq!(summary.rows, BTreeMap::from([(1, 1 + unit.number as usize), (3, 2)]));
         let common: Value = serde_json::from_str(&summary.common).unwrap();
         assert_eq!(common, json!({"contract": unit.contract, "dtype": "F16", "width": unit.row.width}));
     }
     assert_eq!(found.len(), 70);
-    assert!(units::summaries(folder.path(), &[]).unwrap().is_empty());
+    assert!(units::summaries(folder.path(), &[], false).unwrap().is_empty());
     std::fs::write(folder.path().join(&names[66]), b"cut").unwrap();
-    assert!(refused(units::summaries(folder.path(), &names)).contains("0123abcd-00066.index"));
+    assert!(refused(units::summaries(folder.path(), &names, false)).contains("0123abcd-00066.index"));
 }
 
 /// Units 0 to 69 of one width, and the names of their indexes.
@@ -567,12 +567,19 @@ fn many(folder: &Path) -> (Vec<Unit>, Vec<String>) {
     (units, names)
 }
 
+/// The text of a manifest.
+fn with_digest(about: &Value) -> String {
+    let text = about.to_string();
+    let said = &text[..text.len() - 1];
+    format!("{said},\"sha256\":\"{}\"}}\n", sha256_hex(said.as_bytes()))
+}
+
 /// What the manifest lists is what the headers say, is not read, and is not believed of an index that has changed since.
 #[test]
 fn what_the_manifest_lists_is_taken_from_it() {
     let folder = tempfile::tempdir().unwrap();
     let (written, names) = many(folder.path());
-    let headers = units::summaries(folder.path(), &names).unwrap();
+    let headers = units::summaries(folder.path(), &names, false).unwrap();
     let path = |at: usize| folder.path().join(&names[at]);
     let manifest = |change: &dyn Fn(&mut Value)| {
         let listed = names.iter().zip(&headers).take(60).enumerate();
@@ -586,8 +593,8 @@ fn what_the_manifest_lists_is_taken_from_it() {
             "units": listed,
         });
         change(&mut about);
-        std::fs::write(folder.path().join("manifest.json"), about.to_string()).unwrap();
-        units::summaries(folder.path(), &names)
+        std::fs::write(folder.path().join("manifest.json"), with_digest(&about)).unwrap();
+        units::summaries(folder.path(), &names, false)
     };
     assert_eq!(manifest(&|_| ()).unwrap(), headers);
     let lie: &dyn Fn(&mut Value) = &|about| {
@@ -601,12 +608,22 @@ fn what_the_manifest_lists_is_taken_from_it() {
     let sound = std::fs::read(path(5)).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));
     std::fs::write(path(5), &sound).unwrap();
-    let found = units::summaries(folder.path(), &names).unwrap();
+    let found = units::summaries(folder.path(), &names, false).unwrap();
     assert_eq!((found[5].rows[&1], found[6].rows[&1]), (6, 77));
+    // Moved there with its time.
+    manifest(lie).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let time = path(5).metadata().unwrap().modified().unwrap();
+    std::fs::rename(path(5), folder.path().join("aside")).unwrap();
+    std::fs::rename(folder.path().join("aside"), path(5)).unwrap();
+    assert_eq!(path(5).metadata().unwrap().modified().unwrap(), time);
+    let found = units::summaries(folder.path(), &names, false).unwrap();
+    assert_eq!((found[5].rows[&1], found[6].rows[&1]), (6, 77));
+    assert_eq!(units::summaries(folder.path(), &names, true).unwrap(), headers);
     std::fs::write(path(6), b"cut").unwrap();
     let touched = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
     File::options().write(true).open(path(6)).unwrap().set_modified(touched).unwrap();
-    assert!(refused(units::summaries(folder.path(), &names)).contains("0123abcd-00006.index"));
+    assert!(refused(units::summaries(folder.path(), &names, false)).contains("0123abcd-00006.index"));
 
     // One that says something else, or not all, is not believed in anything.
     std::fs::write(path(6), &std::fs::read(path(7)).unwrap()).unwrap();
@@ -624,10 +641,13 @@ fn what_the_manifest_lists_is_taken_from_it() {
             change(about);
         });
         assert_eq!(found.unwrap()[7..], headers[7..]);
-        assert_eq!(units::summaries(folder.path(), &names).unwrap()[5], headers[5]);
+        assert_eq!(units::summaries(folder.path(), &names, false).unwrap()[5], headers[5]);
     }
-    for text in ["", "{", "null"] {
+    let text = std::fs::read_to_string(folder.path().join("manifest.json")).unwrap();
+    manifest(lie).unwrap();
+    let lying = std::fs::read_to_string(folder.path().join("manifest.json")).unwrap();
+    for text in ["", "{", "null", &text, &lying.replace("77", "78"), &lying[..lying.len() - 1]] {
         std::fs::write(folder.path().join("manifest.json"), text).unwrap();
-        assert_eq!(units::summaries(folder.path(), &names).unwrap()[5], headers[5]);
+        assert_eq!(units::summaries(folder.path(), &names, false).unwrap()[5], headers[5]);
     }
 }

@@ -47,7 +47,7 @@ def earlier_runs(
         raise FileExistsError(f"{out} holds {strangers[0]!r}, so it is no activation cache; choose another --out")
     if not any(path for path in out.glob(INDEX) if not path.name.startswith(run)):
         return None
-    cache = ActivationCache.open(out, contract=contract, without=run)
+    cache = ActivationCache.open(out, contract=contract, without=run, headers=True)
     found, asked = (cache.contract, cache.dtype), (dict(contract), dtype)
     if found != asked or width not in (None, cache.width):
         raise ValueError(
@@ -97,7 +97,7 @@ def remove_leftovers(out: Path, *, finished: str | None = None) -> None:
 def _remove_damaged(out: Path, run: str) -> None:
     """Remove the indexes of a run's units that are not whole when it has finished: all that it wanted of them is elsewhere."""
     try:
-        _, damaged = ActivationCache.open(out, run=run).split_damaged()
+        _, damaged = ActivationCache.open(out, run=run, headers=True).split_damaged()
     except FileNotFoundError:
         return
     for index in damaged:
@@ -191,7 +191,7 @@ def plain_share(units: Sequence[Unit], out: Path, run: str, here: Ranks) -> Shar
 def is_there(out: Path, run: str, number: int, units: Sequence[Unit]) -> bool:
     """Whether a run's unit is whole: its index, its files, and in it all that it is to hold."""
     try:
-        cache = ActivationCache.open(out, run=run, unit=number)
+        cache = ActivationCache.open(out, run=run, unit=number, headers=True)
         unit = units[number]  # built only now, as a fresh run has no index
         keys = unit.keys()
         for layer in np.unique(unit.wanted.layers).tolist():

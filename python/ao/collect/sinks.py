@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from ao.cache import ActivationCache
-from ao.cache_files import plain_name
+from ao.cache_files import MANIFEST, plain_name
 from ao.cache_writer import CacheWriter
 from ao.collect.wanted import Unit
 from ao.manifest import canonical_json, with_own_digest, write_atomic
@@ -115,12 +115,12 @@ def finish_cache(out: Path) -> dict[str, Any]:
     """
     from ao.plots import norm_chart
 
-    for name in ("manifest.json", "norms.png"):
+    for name in (MANIFEST, "norms.png"):
         for left in out.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
 
     try:
-        cache = ActivationCache.open(out)
+        cache = ActivationCache.open(out, headers=True)
     except FileNotFoundError:
         return {}
     layers = cache.write_manifest()["layers"]

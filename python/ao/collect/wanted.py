@@ -130,8 +130,11 @@ def units(
         ValueError: several of data, texts and prompt are given, or the data set is of another model or reads what cannot
             be collected.
     """
-    if sum(given is not None for given in (data, texts, prompt)) > 1:
-        raise ValueError("expected one of a packed data set, texts and a prompt, got several")
+    given = {
+        name: str(value) for name, value in (("data", data), ("texts", texts), ("prompt", prompt)) if value is not None
+    }
+    if len(given) > 1:
+        raise ValueError(f"expected one of data, texts and prompt, got {given}; leave out all but one")
     model, unit_tokens = recipe.model, PLAIN_UNIT_TOKENS if plain else UNIT_TOKENS
     name, revision = target_of(model)
     chosen = [resolve_layer(layer, num_layers(name, revision)) for layer in layers]

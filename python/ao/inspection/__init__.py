@@ -119,7 +119,7 @@ def _inspected(
 
 def _activations(found: Found, *, plot: Path | None, progress: bool) -> dict[str, Any]:
     """A cache, drawn, or else checked."""
-    cache = ActivationCache.open(found.path)
+    cache = ActivationCache.open(found.path, headers=True)
     if plot is not None:
         from ao.plots import norm_chart
 

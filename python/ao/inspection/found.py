@@ -141,7 +141,7 @@ def _packed(path: Path) -> Found:
 
 
 def _activations(path: Path) -> Found:
-    cache = ActivationCache.open(path)
+    cache = ActivationCache.open(path, headers=True)
     layers = {}
     for layer, of in cache.statistics().items():
         norms = (

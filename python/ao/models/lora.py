@@ -4,7 +4,7 @@ PEFT's forward casts the whole input to the adapter's fp32, looks at every adapt
 of every input. Here the two small matrices are cast instead, so weights and their gradients stay fp32, and of the dropout only
 its mask is kept. Where base and adapter agree in precision the numbers are the same.
 
-Shapes: T tokens, I features in, O features out, R rank.
+Shapes: I features in, O features out, R rank.
 """
 
 from __future__ import annotations
@@ -190,6 +190,7 @@ class _CastLoraLinear(torch.autograd.Function):
             assert y is not None
             out = torch.addmm(y.reshape(-1, y.shape[-1]), low, matrices.up_t, alpha=lora.scaling)
         ctx.save_for_backward(flat, mask, low)
+        # What does not change before the backward pass: a learner casts again only at the next row, behind it.
         ctx.lora, ctx.matrices, ctx.weight, ctx.shape, ctx.per_kept = lora, matrices, weight, x.shape, 1 / (1 - p)
         return out.view(*x.shape[:-1], out.shape[-1])
 

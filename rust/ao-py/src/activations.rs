@@ -11,6 +11,7 @@ use ao_core::activations::writer::UnitWriter;
 use ao_core::activations::{RowType, keys, units};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use serde_json::Value;
 
 use crate::buffers::{Buffer, bytes, bytes_mut, values};
 use crate::error::to_python;
@@ -42,6 +43,10 @@ fn key(halves: &[u8; KEY_BYTES]) -> u128 {
     u128::from(half(0)) << 64 | u128::from(half(8))
 }
 
+fn contract(json: &str) -> PyResult<Value> {
+    serde_json::from_str(json).map_err(|error| to_python(Error::Input(format!("the contract is not JSON: {error}"))))
+}
+
 /// Writes one unit of an activation cache.
 #[pyclass(frozen, module = "ao._ao")]
 pub struct ActivationWriter {
@@ -61,8 +66,7 @@ impl ActivationWriter {
         width: usize,
         layers: Vec<u16>,
     ) -> PyResult<Self> {
-        let contract = serde_json::from_str(contract_json)
-            .map_err(|error| to_python(Error::Input(format!("the contract is not JSON: {error}"))))?;
+        let contract = contract(contract_json)?;
         let row = RowType::new(dtype, width).map_err(to_python)?;
         let unit = Unit { run, number: unit, contract, row };
         let writer = UnitWriter::new(&folder, unit, &layers).map_err(to_python)?;
@@ -124,10 +128,12 @@ pub struct ActivationReader {
 #[pymethods]
 impl ActivationReader {
     #[new]
-    #[pyo3(signature = (paths, *, dtype, width))]
-    fn new(paths: Vec<PathBuf>, dtype: &str, width: usize) -> PyResult<Self> {
-        let row = RowType::new(dtype, width).map_err(to_python)?;
-        Ok(Self { reader: RowReader::open(&paths, row).map_err(to_python)? })
+    #[pyo3(signature = (paths, *, rows, contract_json, dtype, width))]
+    fn new(paths: Vec<PathBuf>, rows: Vec<u64>, contract_json: &str, dtype: &str, width: usize) -> PyResult<Self> {
+        let (row, contract) = (RowType::new(dtype, width).map_err(to_python)?, contract(contract_json)?);
+        let reader = RowReader::open(&paths, row).map_err(to_python)?;
+        reader.require(&rows, &contract).map_err(to_python)?;
+        Ok(Self { reader })
     }
 
     /// Number of rows in all files.
@@ -150,8 +156,14 @@ impl ActivationReader {
 
 /// Of each unit: what the units of a cache have in common, run, number, rows by layer.
 #[pyfunction]
-pub fn activation_units(py: Python<'_>, folder: PathBuf, indexes: Vec<String>) -> PyResult<Vec<UnitTuple>> {
-    let found = py.detach(|| units::summaries(&folder, &indexes)).map_err(to_python)?;
+#[pyo3(signature = (folder, indexes, *, headers = false))]
+pub fn activation_units(
+    py: Python<'_>,
+    folder: PathBuf,
+    indexes: Vec<String>,
+    headers: bool,
+) -> PyResult<Vec<UnitTuple>> {
+    let found = py.detach(|| units::summaries(&folder, &indexes, headers)).map_err(to_python)?;
     Ok(found.into_iter().map(|unit| (unit.common, unit.run, unit.number, unit.rows)).collect())
 }
 

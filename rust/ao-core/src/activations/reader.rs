@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
+use serde_json::Value;
+
 use super::disk::{Aligned, PAGE, open_past_cache, read_at};
 use super::index::Unit;
 use super::{HEADER_BYTES, RowType, TENSOR, header};
 use crate::error::{Error, Result};
+use crate::manifest::canonical_json;
 
 /// Rows that lie this close are read in one go, with what is between them.
 const GAP_BYTES: u64 = 16 << 10;
@@ -23,6 +26,9 @@ const SHARED_BYTES: usize = 4 << 20;
 const SAMPLE: usize = 8;
 /// Files of a layer that stay open: a process may often have no more than 1,024 in all.
 const KEPT_OPEN: usize = 64;
+
+/// What a person can do about a file that does not fit its index.
+const SEE: &str = "ao inspect --verify names what is damaged";
 
 /// Where rows are read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +77,8 @@ pub struct RowReader {
 struct RowFile {
     path: PathBuf,
     rows: u64,
+    /// What the rows are.
+    contract: Value,
 }
 
 struct OpenFile {
@@ -103,6 +111,34 @@ impl RowReader {
         }
         let kept = files.iter().take(KEPT_OPEN).map(|_| Mutex::new(None)).collect();
         Ok(Self { files, ends, row_bytes: row.bytes() as u64, kept })
+    }
+
+    /// Refuse files that hold other rows than their indexes say: another number, or of another contract.
+    ///
+    /// # Errors
+    /// If one does, or there are more or fewer `rows` than files.
+    pub fn require(&self, rows: &[u64], contract: &Value) -> Result<()> {
+        if rows.len() != self.files.len() {
+            return Err(Error::input(format!(
+                "rows: expected a number for each of {} files, got {}",
+                self.files.len(),
+                rows.len()
+            )));
+        }
+        for (file, &expected) in self.files.iter().zip(rows) {
+            if file.rows != expected {
+                let what = format!("it holds {} rows, its index lists {expected}; {SEE}", file.rows);
+                return Err(Error::cached(&file.path, what));
+            }
+            if file.contract != *contract {
+                let [own, other] = [&file.contract, contract].map(canonical_json);
+                return Err(Error::cached(
+                    &file.path,
+                    format!("its rows are of {own}, by its index of {other}; {SEE}"),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Rows in all files.
@@ -344,7 +380,7 @@ impl RowFile {
         let own = Unit::rows_name_of(&about);
         let is_own = own.as_deref().is_some_and(|own| path.file_name().is_some_and(|name| name == own));
         match rows.filter(|rows| is_own && size == HEADER_BYTES as u64 + rows * row.bytes() as u64) {
-            Some(rows) => Ok(Self { path: path.to_path_buf(), rows }),
+            Some(rows) => Ok(Self { path: path.to_path_buf(), rows, contract: about["contract"].clone() }),
             None => Err(Error::cached(
                 path,
                 format!(

@@ -1,19 +1,22 @@
 //! The units of a folder: what the manifest says of them, and of the others what the headers of their indexes say.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::Metadata;
 use std::path::Path;
 use std::thread;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{INDEX_SUFFIX, SCHEMA, index};
+use super::{INDEX_SUFFIX, RowType, SCHEMA, index};
 use crate::error::Result;
-use crate::manifest::canonical_json;
+use crate::manifest::{canonical_json, sha256_hex};
 
 /// Name of the manifest.
 const MANIFEST: &str = "manifest.json";
+/// What stands behind all that a manifest says, and before the digest of that.
+const OWN_DIGEST: &str = ",\"sha256\":\"";
 /// Fewer indexes than these are looked at by one thread.
 const FEW: usize = 32;
 
@@ -36,14 +39,13 @@ pub(crate) fn common(about: &Value) -> String {
 
 /// What is known of the units with these indexes in a folder.
 ///
-/// What the manifest lists is taken from it, which costs a fraction of opening the index. Of an index that it does not
-/// list, that has another size than listed or was written since, the header is read.
+/// Without `headers` what the manifest lists is taken from it, which costs a fraction of opening the index. Of an index that
+/// it does not list, that has another size than listed or was written, moved or copied there since, the header is read.
 ///
 /// # Errors
 /// If an index is missing, cut, or none: that of the first one.
-pub fn summaries(folder: &Path, names: &[String]) -> Result<Vec<Summary>> {
-    // Of one index the header is less to read than the manifest.
-    let manifest = if names.len() > 1 { Manifest::read(folder) } else { None };
+pub fn summaries(folder: &Path, names: &[String], headers: bool) -> Result<Vec<Summary>> {
+    let manifest = if headers { None } else { Manifest::read(folder) };
     let one = |name: &String| {
         let listed = manifest.as_ref().and_then(|manifest| manifest.summary(folder, name));
         listed.map_or_else(|| index::summary(&folder.join(name)), Ok)
@@ -62,9 +64,9 @@ pub fn summaries(folder: &Path, names: &[String]) -> Result<Vec<Summary>> {
     Ok(found.into_iter().flatten().collect())
 }
 
-/// A manifest, and when it was written.
+/// A manifest, and when it came to where it is.
 struct Manifest {
-    written: SystemTime,
+    came: SystemTime,
     common: String,
     units: HashMap<String, ListedUnit>,
 }
@@ -73,29 +75,35 @@ struct Manifest {
 struct ListedUnit {
     index: String,
     bytes: u64,
-    rows: BTreeMap<u16, usize>,
+    rows: BTreeMap<u16, u32>,
 }
 
 impl Manifest {
-    /// None where there is none that can be used: it is a shorter way to what the indexes say, and `ao inspect` tells of
-    /// one that is damaged.
+    /// None where there is none that can be used: it is a shorter way to what the indexes say, and the check of a cache
+    /// tells of one that says something else.
     fn read(folder: &Path) -> Option<Self> {
         #[derive(Deserialize)]
         struct Fields {
             kind: String,
             schema: u64,
-            contract: Value,
-            dtype: Value,
-            width: Value,
+            contract: Map<String, Value>,
+            dtype: String,
+            width: usize,
             units: Vec<ListedUnit>,
         }
 
         let path = folder.join(MANIFEST);
         // Looked at first: a manifest that comes meanwhile is taken for older than it is, never for newer.
-        let written = path.metadata().and_then(|about| about.modified()).ok()?;
-        let fields: Fields = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+        let came = came(&path.metadata().ok()?)?;
+        let text = std::fs::read_to_string(path).ok()?;
+        let (said, digest) = text.rsplit_once(OWN_DIGEST)?;
+        if digest.strip_suffix("\"}\n")? != sha256_hex(said.as_bytes()) {
+            return None;
+        }
+        let fields: Fields = serde_json::from_str(&text).ok()?;
+        RowType::new(&fields.dtype, fields.width).ok()?;
         (fields.kind == "activations" && fields.schema == SCHEMA).then(|| Self {
-            written,
+            came,
             common: common(&json!({"contract": fields.contract, "dtype": fields.dtype, "width": fields.width})),
             units: fields.units.into_iter().map(|unit| (unit.index.clone(), unit)).collect(),
         })
@@ -106,11 +114,25 @@ impl Manifest {
         let listed = self.units.get(name)?;
         let (run, number) = name.strip_suffix(INDEX_SUFFIX)?.rsplit_once('-')?;
         let now = folder.join(name).metadata().ok()?;
-        (now.len() == listed.bytes && now.modified().ok()? <= self.written).then_some(Summary {
+        let rows = listed.rows.iter().filter(|(_, count)| **count > 0);
+        (now.len() == listed.bytes && came(&now)? <= self.came).then_some(Summary {
             common: self.common.clone(),
             run: run.to_owned(),
             number: number.parse().ok()?,
-            rows: listed.rows.clone(),
+            rows: rows.map(|(&layer, &count)| (layer, count as usize)).collect(),
         })
     }
+}
+
+/// When a file came to where it is: it may have been written before, and moved or copied there with its times.
+fn came(about: &Metadata) -> Option<SystemTime> {
+    let written = about.modified().ok()?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let changed = Duration::new(u64::try_from(about.ctime()).ok()?, u32::try_from(about.ctime_nsec()).ok()?);
+        Some(written.max(SystemTime::UNIX_EPOCH + changed))
+    }
+    #[cfg(not(unix))]
+    Some(written)
 }
