@@ -327,7 +327,7 @@ def test_every_token_of_texts_and_prompts(recipe: Recipe, target: torch.nn.Modul
         wanted.units(recipe, texts=tmp_path / "texts.jsonl")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: there is no such file; texts are a JSONL file"):
         wanted.units(recipe, texts=tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="expected one of data, texts and prompt, got .*leave out all but one"):
+    with pytest.raises(ValueError, match=r"expected one of data, texts and prompt, got .*leave out all but one"):
         wanted.units(recipe, texts=tmp_path / "texts.jsonl", prompt="x")
     everywhere = wanted.units(recipe, positions="all")
     assert sum(map(len, (unit.keys() for unit in everywhere))) == 2 * sum(unit.num_tokens for unit in everywhere)
