@@ -44,7 +44,7 @@ lint: install ## formatting, lints, types, stub
 
 test: lint ## everything that CI checks
 	cargo test --release --quiet
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # constraints.txt would ask for the newest again. A line of a .pth file puts .venv behind the floor's own packages.
 $(FLOOR)/.ready: constraints-floor.txt $(BIN)/.ready

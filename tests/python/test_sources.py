@@ -66,7 +66,7 @@ def tables(tmp_path: Path) -> Path:
     lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(ROWS))
     write(tmp_path / "t.jsonl", lines)
     write(tmp_path / "t.ndjson", "\ufeff" + lines.rstrip())
-    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     with pa.CompressedOutputStream(str(tmp_path / "t.jsonl.zst"), "zstd") as file:
         file.write(lines.encode())
     write(tmp_path / "t.json", ROWS)
@@ -193,7 +193,7 @@ def test_relations_bring_their_templates(tmp_path: Path) -> None:
             'sentence,tense\nA.,past\n"B.' + "x" * 2**23,
             r"from row 1 on: a quote is not closed, or a row is longer than \d+ bytes",
         ),
-        ("t.csv.gz", gzip.compress(b"sentence,tense\n" + b"A.,past\n" * 9)[:-9], r"t\.csv\.gz: cannot be decompressed"),
+        ("t.csv.gz", gzip.compress(b"sentence,tense\n" + b"A.,past\n" * 9, mtime=0)[:-9], r"t\.csv\.gz: cannot be decompressed"),
         ("t.csv", "sentence,sentence\nA.,B.\n", r"the header has the column 'sentence' twice"),
         ("t.csv", "", r"t\.csv: is empty; expected a CSV file with a header"),
         ("t.json", "[", r"t\.json: not JSON: "),
@@ -203,7 +203,7 @@ def test_relations_bring_their_templates(tmp_path: Path) -> None:
         ("t.json", {"samples": [1], "prompt_templates": ["x"]}, r"expected texts with \{\} for the subject, got 'x'"),
         ("t.parquet", "PAR1", r"t\.parquet: not a Parquet file"),
         ("t.arrow", "hello there", r"t\.arrow: not an Arrow IPC file or stream"),
-        ("t.jsonl.gz", gzip.compress(b"x" * 99)[:-9], r"t\.jsonl\.gz: cannot be decompressed: .*damaged or cut off"),
+        ("t.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], r"t\.jsonl\.gz: cannot be decompressed: .*damaged or cut off"),
         ("t.txt", "A.", r"t\.txt: cannot be read as classification; expected \.jsonl"),
         ("t.xlsx", "A.", r"t\.xlsx: cannot be read as classification"),
         ("t", "A.", r"cannot be read as classification"),
@@ -256,7 +256,7 @@ def test_bad_rows_of_a_csv_are_passed_over(
         blank = (draw.choice(["", "", "\n"]) for _ in lines)
         text = "\n".join(["sentence,tense", *(line + more for line, more in zip(lines, blank, strict=True))]) + end
         data = text.encode(errors="surrogateescape")
-        (tmp_path / f"t.csv{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+        (tmp_path / f"t.csv{suffix}").write_bytes(gzip.compress(data, mtime=0) if suffix else data)
         found = read(tmp_path, path=f"t.csv{suffix}", **LABELLED)
         bad = bad_rows(found)
         expected = {row: why for row, (_, why) in enumerate(drawn) if why is not None}
