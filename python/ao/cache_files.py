@@ -74,8 +74,9 @@ def index_names(folder: Path, *, run: str | None = None, unit: int | None = None
     end = INDEX.removeprefix("*") if unit is None else index_name("", unit)
     names = [name for name in names if name.endswith(end)]
     if run is not None:
-        numbers = ((name, name.removesuffix(INDEX.removeprefix("*")).removeprefix(f"{run}-")) for name in names)
-        names = [name for name, number in numbers if number.isdecimal()]
+        # Behind the run comes the number alone: another run may begin with this one's name.
+        numbered = re.compile(rf"{re.escape(run)}-\d+{re.escape(INDEX.removeprefix('*'))}")
+        names = filter(numbered.fullmatch, names)
     return sorted(names)
 
 

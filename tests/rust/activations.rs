@@ -626,7 +626,7 @@ fn what_the_manifest_lists_is_taken_from_it() {
     assert!(refused(units::summaries(folder.path(), &names, false)).contains("0123abcd-00006.index"));
 
     // One that says something else, or not all, is not believed in anything.
-    std::fs::write(path(6), &std::fs::read(path(7)).unwrap()).unwrap();
+    std::fs::write(path(6), std::fs::read(path(7)).unwrap()).unwrap();
     let changes: [&dyn Fn(&mut Value); 6] = [
         &|about| about["schema"] = json!(2),
         &|about| about["kind"] = json!("packed"),
