@@ -42,6 +42,7 @@ lint: install ## formatting, lints, types, stub
 	$(BIN)/basedpyright --level error
 	$(BIN)/python -m mypy.stubtest ao._ao
 
+# A process for each core, and a thread for each process; what a file of tests shares stays in one.
 test: lint ## everything that CI checks
 	cargo test --release --quiet
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile

@@ -39,7 +39,7 @@ BLOCK_BYTES = 4 << 20
 WINDOW = 12
 """Rows side by side, as an example reads them."""
 UNITS, UNIT_ROWS = 1000, 12_000
-"""A large cache, and what a unit of it holds of each layer when a quarter of its 131,072 tokens is wanted."""
+"""A large cache, and rows of each layer in a unit: a fourth of what `ao collect` puts in one, as opening reads none."""
 CONTRACT = json.dumps({"model": "bench", "weights": "random"})
 
 WRITERS = ("ours", "direct", "safetensors", "buffered")

@@ -20,6 +20,7 @@ from ao import _ao
 from ao.manifest import canonical_json, read_manifest
 
 MANIFEST = "manifest.json"
+"""What a folder holds, in short, written when a run is done."""
 HEADER_BYTES = 4096
 """Bytes of a file before its first row."""
 INDEX = "*.index.safetensors"

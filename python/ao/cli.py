@@ -405,7 +405,8 @@ def _recipe(command: Pack | Collect | Train | Eval | Rollouts) -> Recipe:
 
 
 def _pack(command: Pack) -> dict[str, Any]:
-    from ao.pack import merge, pack, summary_text
+    from ao.pack import merge, pack
+    from ao.summary import summary_text
 
     recipe = _recipe(command)
     if command.merge:

@@ -25,7 +25,7 @@ from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, TrainConfig
 from ao.manifest import canonical_json, read_manifest, sync_folder
 from ao.prompt import framer, identity, resolve_layer
 from ao.shards import PackedDataset
-from ao.summary import reasons, summarized, summary_lines
+from ao.summary import summarized
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def pack(
 
     Returns:
         The summary: counts, how full rows will be, drops and errors by reason, histograms, the same by source;
-        `summary_text` writes it out.
+        `ao.summary.summary_text` writes it out.
 
     Raises:
         FileExistsError: `out` holds something else; nothing is touched.
@@ -155,19 +155,6 @@ def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
     manifest = json.loads(merge_parts(str(partial)))
     _replace(partial, out)
     return _summary(manifest, out, oracle_framer, way="merged", seconds=time.perf_counter() - started)
-
-
-def summary_text(summary: Mapping[str, Any]) -> str:
-    """A summary as a person wants to read it."""
-    lines = [_headline(summary)]
-    if summary.get("part"):
-        return "\n".join([*lines, *reasons(summary), "  the other parts next, then --merge"])
-    rows = summary["rows"]
-    lines += [
-        f"  {'tokenizer':<11} {summary['engine']}",
-        f"  {'rows':<11} {rows['rows']:,} of {rows['tokens_per_row']:,} tokens, {rows['fill']:.1%} full; ao plan compares budgets",
-    ]
-    return "\n".join([*lines, *summary_lines(summary)])
 
 
 # Settings
@@ -522,12 +509,3 @@ def _speed(done: Mapping[str, Any] | None, seconds: float, packing_seconds: floa
     rate = built / packing_seconds if packing_seconds else 0.0
     skipped = 0 if done is None else done["skipped"]
     return {"skipped": skipped, "seconds": round(seconds, 3), "examples_per_second": round(rate, 1)}
-
-
-def _headline(summary: Mapping[str, Any]) -> str:
-    speed = f"{summary['examples_per_second']:,.0f} examples/s" if summary["way"] == "packed" else summary["way"]
-    part = f" part {summary['part']}:" if summary.get("part") else ""
-    return (
-        f"{summary['out']}:{part} {summary['examples']:,} examples of {summary['offered']:,}, "
-        f"{summary['datapoints']:,} datapoints, {summary['shards']:,} shards; {summary['seconds']:.1f} s, {speed}"
-    )

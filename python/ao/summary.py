@@ -56,6 +56,28 @@ def summarized(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """What `ao.pack` returns, as a person wants to read it."""
+    lines = [_headline(summary)]
+    if summary.get("part"):
+        return "\n".join([*lines, *reasons(summary), "  the other parts next, then --merge"])
+    rows = summary["rows"]
+    lines += [
+        f"  {'tokenizer':<11} {summary['engine']}",
+        f"  {'rows':<11} {rows['rows']:,} of {rows['tokens_per_row']:,} tokens, {rows['fill']:.1%} full; ao plan compares budgets",
+    ]
+    return "\n".join([*lines, *summary_lines(summary)])
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    speed = f"{summary['examples_per_second']:,.0f} examples/s" if summary["way"] == "packed" else summary["way"]
+    part = f" part {summary['part']}:" if summary.get("part") else ""
+    return (
+        f"{summary['out']}:{part} {summary['examples']:,} examples of {summary['offered']:,}, "
+        f"{summary['datapoints']:,} datapoints, {summary['shards']:,} shards; {summary['seconds']:.1f} s, {speed}"
+    )
+
+
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """Tokens, contexts, what was left out and why, a line for each source, and lengths as bars."""
     lines = [

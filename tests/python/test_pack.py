@@ -17,10 +17,11 @@ import real_data
 import tiny
 from ao._ao import RULES
 from ao.config import DataConfig, ModelConfig, load_recipe, parse_recipe, to_dict
-from ao.pack import merge, pack, summary_text
+from ao.pack import merge, pack
 from ao.prompt import model_folder, resolve_layer
 from ao.shards import PackedDataset
 from ao.sources import blocks, files
+from ao.summary import summary_text
 
 USER = {"role": "user", "content": "  Where is Caf\u00e9 \U0001f469\u200d\U0001f680 e\u0301? "}
 REPLY = {"role": "assistant", "content": "In the city of Paris."}

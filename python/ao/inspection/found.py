@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ao.cache import ActivationCache
-from ao.cache_files import INDEX, PLAIN, unlisted
+from ao.cache_files import INDEX, MANIFEST, PLAIN, unlisted
 from ao.manifest import read_manifest, require_match
 from ao.packed import data_manifest
 from ao.shards import PackedDataset
@@ -156,7 +156,7 @@ def _activations(path: Path) -> Found:
     if any(", norms " in line for line in layers.values()):
         content["norms"] = "mean [1 %, 25 %, median, 75 %, 99 %]"
     content |= layers
-    notes, listed, manifest = [], set(), path / "manifest.json"
+    notes, listed, manifest = [], set(), path / MANIFEST
     try:
         if manifest.is_file():
             listed = {str(unit["index"]) for unit in read_manifest(manifest)["units"]}
