@@ -187,7 +187,7 @@ def results(
             note=f"with the model: ours {memory['ours']['peak'] / gib:.2f} GiB, card's way {memory['recipe']['peak'] / gib:.2f}",
         ),
         measure.row(
-            f"{name}/collecting", "%", waits["collecting"], more_is_better=False, note="of a turn's time in the target"
+            f"{name}/collecting", "%", waits["collecting"], more_is_better=False, note="of a turn's time in which steps waited for it"
         ),
         measure.row(
             f"{name}/data_wait", "%", waits["data_wait"], more_is_better=False,

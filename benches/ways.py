@@ -10,9 +10,10 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,12 +27,14 @@ from ao.models import arch as archs
 from ao.models.fused import fuse
 from ao.models.split import connect, device_map, devices_of, visible
 from ao.shards import Datapoint
-from ao.training.lookahead import look_ahead
+from ao.training.lookahead import LookAhead
 from ao.training.meter import PEAK_FLOPS
-from ao.training.step import Learner
+from ao.training.step import Learner, Underway
 from examples import PER_STEP, Setting, drawn, long_example
 from recipe import Recipe
 from shapes import SHAPES, built
+
+T = TypeVar("T")
 
 RATE = 1e-4
 
@@ -203,7 +206,6 @@ class Ours(Way):
         self.config = TrainConfig(
             learning_rate=RATE,
             dropout=setting.dropout,
-            optimizer="adamw8bit" if here.device.type == "cuda" else "adamw",
             tokens_per_row=setting.tokens_per_row,
             context_tokens_per_row=setting.tokens_per_row,
             recompute=setting.recompute,
@@ -219,45 +221,62 @@ class Ours(Way):
     def backward(self, points: Sequence[Datapoint]) -> float:
         mine = self.mine(points)
         with self.learner.ready():
-            loss_sum, answer_tokens, *_ = self.learner.backward(self.rows(mine), self.look_ahead(mine)).tolist()
+            loss_sum, answer_tokens, *_ = self.learner.backward(
+                self.rows(mine), self.look_ahead(mine).vectors()
+            ).tolist()
         return loss_sum / answer_tokens
 
     def turn(self, first: int, steps: int) -> dict[str, float]:
-        """Seconds of some steps, those of them spent in the target, and those before a step's rows were there."""
+        """Seconds of some steps, those of them that waited for the target, and those before a step's rows were there."""
         return self.timed(drawn(self.setting, first + steps)[first:])
 
     def timed(self, data: Sequence[Sequence[Datapoint]]) -> dict[str, float]:
         """The same of these steps; leaves their losses in `losses`."""
         data = [self.mine(points) for points in data]
-        collecting = data_wait = 0.0
-        self.losses = []
-        self.finish()
-        started, cpu = time.perf_counter(), measure.cpu_seconds()
+        windows = [data[begin : begin + self.config.window] for begin in range(0, len(data), self.config.window)]
+        waits = {"collecting": 0.0, "data_wait": 0.0}
+        steps: list[Underway] = []
+
+        def waited(what: str, work: Callable[[], T]) -> T:
+            clock = time.perf_counter()
+            result = work()
+            waits[what] += time.perf_counter() - clock
+            return result
+
+        def begun(window: Sequence[Sequence[Datapoint]]) -> LookAhead:
+            points = [point for points in window for point in points]
+            return waited("collecting", lambda: self.look_ahead(points, self.learner.aside))
+
+        coming = begun(windows[0])
+        # Of the first window contexts are run before the clock starts, behind the last one once more: in a long run each
+        # window's are run while the steps of the one before it are made.
         with self.learner.ready():
-            for begin in range(0, len(data), self.config.window):
-                window = data[begin : begin + self.config.window]
-                clock = time.perf_counter()
-                vectors = self.look_ahead([point for points in window for point in points])
-                self.finish()
-                collecting += time.perf_counter() - clock
+            coming.vectors()
+            self.finish()
+            started, cpu, waits = time.perf_counter(), measure.cpu_seconds(), dict.fromkeys(waits, 0.0)
+            for window, following in pairwise([*windows, windows[0]]):
+                vectors = waited("collecting", coming.vectors)
+                coming = begun(following)
                 for points in window:
-                    clock = time.perf_counter()
-                    rows = self.rows(points)
-                    data_wait += time.perf_counter() - clock
-                    self.losses.append(self.learner.step(rows, vectors, RATE).loss)
+                    waited("collecting", coming.advance)
+                    rows = waited("data_wait", lambda points=points: self.rows(points))
+                    steps.append(self.learner.step(rows, vectors, RATE))
+                    if len(steps) > 1:
+                        steps[-2].result()
+            waited("collecting", coming.vectors)
+        self.losses = [step.result().loss for step in steps]
         self.finish()
         return {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": measure.cpu_seconds() - cpu,
-            "collecting": collecting,
-            "data_wait": data_wait,
+            **waits,
         }
 
     def long(self, what: str, tokens: int) -> dict[str, float]:
         """Memory of a step over one long example, above the built model's."""
         points = [long_example(self.setting, what, tokens)]
         with self.learner.ready():
-            self.learner.step(self.rows(points), self.look_ahead(points), RATE)
+            self.learner.step(self.rows(points), self.look_ahead(points).vectors(), RATE).result()
         return self.memory()
 
     def mine(self, points: Sequence[Datapoint]) -> list[Datapoint]:
@@ -273,9 +292,9 @@ class Ours(Way):
         found = rows_of(lengths, tokens_per_row=self.config.tokens_per_row, packed=self.arch.attention_only)
         return [[points[index] for index in row] for row in found]
 
-    def look_ahead(self, points: Sequence[Datapoint]) -> dict[str, Any]:
-        """The vectors of some examples, by id."""
-        return look_ahead(self.model, self.arch, points, self.config)
+    def look_ahead(self, points: Sequence[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
+        """The vectors of some examples, by id, when they are asked for."""
+        return LookAhead(self.model, self.arch, points, self.config, stream=stream)
 
 
 def _dealt(place: int, world: int) -> int:

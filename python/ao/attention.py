@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from ao.transfer import to_device
+
 IMPLEMENTATION = "ao_documents"
 """Name under which transformers finds the function."""
 VARLEN_HEAD = 256
@@ -64,8 +66,8 @@ class Documents:
         return cls(
             longest=max(lengths),
             rectangles=tuple(rectangles),
-            slots_T=torch.from_numpy(places).to(device),
-            bounds=torch.from_numpy(bounds).to(device),
+            slots_T=to_device(places, device),
+            bounds=to_device(bounds, device),
         )
 
     def to(self, device: torch.device) -> Documents:
@@ -165,6 +167,9 @@ def _rectangle(
 def packed_rows(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's forward takes packed rows with `documents=`; outside its own attention is back."""
     before = model.config._attn_implementation or "sdpa"
+    if before == IMPLEMENTATION:
+        yield
+        return
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ao import _ao
 from ao.attention import Documents, packed_rows
 from ao.models.arch import Arch
+from ao.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,8 @@ def lay_out(sequences: Sequence[np.ndarray], *, packed: bool, device: torch.devi
         starts = np.arange(len(sequences)) * longest
         documents = None
     return Batch(
-        input_ids_BT=torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device),
-        position_ids_BT=torch.from_numpy(np.ascontiguousarray(positions, dtype=np.int64)).to(device),
+        input_ids_BT=to_device(np.ascontiguousarray(ids, dtype=np.int64), device),
+        position_ids_BT=to_device(np.ascontiguousarray(positions, dtype=np.int64), device),
         documents=documents,
         starts=starts,
     )

@@ -420,7 +420,7 @@ class TrainConfig(Config):
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: bitsandbytes' 8-bit state."""
+    """adamw8bit: bitsandbytes' 8-bit state, a fourth of the memory; the host waits for every step of it."""
     rank: int = 16
     """LoRA rank."""
     alpha: int = 32

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ao.batch import Batch
 from ao.models.arch import Arch, capped_, logits, uncapped
+from ao.transfer import to_device
 
 CHUNK_BYTES = {"cuda": 2**27, "cpu": 3 * 2**22}
 """fp32 logits that are there at once, by kind of device; the loss holds them several times. A GPU wants products of some
@@ -68,10 +69,10 @@ def labels_of(
     weights = None
     if per_example:
         lengths = np.array([len(sequence) - start for sequence, start in zip(sequences, answer_starts, strict=True)])
-        weights = torch.from_numpy(np.repeat(1 / lengths, lengths).astype(np.float32)).to(device)
+        weights = to_device(np.repeat(1 / lengths, lengths).astype(np.float32), device)
     return Labels(
-        positions_A=torch.from_numpy(positions).to(device),
-        ids_A=torch.from_numpy(ids.astype(np.int64)).to(device),
+        positions_A=to_device(positions, device),
+        ids_A=to_device(ids.astype(np.int64), device),
         weights_A=weights,
     )
 

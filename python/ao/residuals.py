@@ -19,6 +19,7 @@ from ao.batch import Batch, lay_out, layout, rows_by_length, rows_of
 from ao.injection import check_vectors
 from ao.models.adapters import as_target
 from ao.models.arch import Arch
+from ao.transfer import to_device
 
 ROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Types of kept rows by the name that safetensors gives them."""
@@ -103,10 +104,11 @@ def collected(
     *,
     tokens_per_row: int,
     progress: Callable[[int], object] | None = None,
-) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
+) -> Iterator[list[tuple[int, np.ndarray, torch.Tensor]]]:
     """Run each context once, in rows of a token budget, and give what is wanted of each row at once.
 
-    Must run inside `as_target`, or `as_oracle` where the target is a base with an adapter.
+    Each row must run inside `as_target`, or `as_oracle` where the target is a base with an adapter. On a GPU it has only been
+    launched when it is given.
 
     Args:
         model: the target.
@@ -117,7 +119,8 @@ def collected(
         progress: told the context tokens of each finished row.
 
     Yields:
-        A layer, the indices [K] into `wanted` of what was read there, by context and position, and the residuals [K, D].
+        For each layer that a row was read at: the layer, the indices [K] into `wanted` of what was read there, by context and
+        position, and the residuals [K, D].
     """
     device = next(model.parameters()).device
     # Rows are given context by context, so that what is read together later lies together.
@@ -126,21 +129,25 @@ def collected(
     asked = np.flatnonzero(np.diff(bounds))
     lengths = [len(context) for context in contexts]
     start_of = np.zeros(len(contexts), dtype=np.int64)
-    with layout(model, arch):
-        deepest = np.full(len(contexts), -1, dtype=np.int64)
-        np.maximum.at(deepest, wanted.contexts, wanted.layers)
-        for chosen in _rows(np.take(lengths, asked), deepest[asked], tokens_per_row, packed=arch.attention_only):
-            row = asked[chosen].tolist()
-            batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
-            indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
-            start_of[row] = batch.starts
+    deepest = np.full(len(contexts), -1, dtype=np.int64)
+    np.maximum.at(deepest, wanted.contexts, wanted.layers)
+    for chosen in _rows(np.take(lengths, asked), deepest[asked], tokens_per_row, packed=arch.attention_only):
+        row = asked[chosen].tolist()
+        batch = lay_out([contexts[index] for index in row], packed=arch.attention_only, device=device)
+        indices = np.concatenate([by_context[bounds[index] : bounds[index + 1]] for index in row])
+        start_of[row] = batch.starts
+        with layout(model, arch):
             captured = residuals(model, arch, batch, sorted(set(wanted.layers[indices].tolist())))
-            for layer in sorted(captured):
-                here = indices[wanted.layers[indices] == layer]
-                from_row = start_of[wanted.contexts[here]] + wanted.positions[here]
-                yield layer, here, captured[layer][torch.from_numpy(from_row).to(captured[layer].device)]
-            if progress is not None:
-                progress(sum(lengths[index] for index in row))
+        found = []
+        for layer in sorted(captured):
+            here = indices[wanted.layers[indices] == layer]
+            from_row = start_of[wanted.contexts[here]] + wanted.positions[here]
+            found.append((layer, here, captured[layer][to_device(from_row, captured[layer].device)]))
+        # Whoever works on the row next needs its memory.
+        del captured
+        yield found
+        if progress is not None:
+            progress(sum(lengths[index] for index in row))
 
 
 def _rows(lengths: np.ndarray, deepest: np.ndarray, tokens_per_row: int, *, packed: bool) -> Iterator[np.ndarray]:
@@ -155,17 +162,11 @@ def _rows(lengths: np.ndarray, deepest: np.ndarray, tokens_per_row: int, *, pack
             yield own[row]
 
 
-def read_vectors(
-    model: PreTrainedModel,
-    arch: Arch,
-    reads: Sequence[Read],
-    *,
-    tokens_per_row: int = 8192,
-    progress: Callable[[int], object] | None = None,
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Activations for many reads; each distinct context is run once, and a prefix of another not at all.
+class Reading:
+    """Activations for many reads, a row of contexts at a time; each distinct context is run once, and a prefix of another not
+    at all.
 
-    The oracle's adapter is off for every forward, whatever it was before.
+    The oracle's adapter is off for every forward, whatever it is between them.
 
     Args:
         model: the target.
@@ -174,35 +175,71 @@ def read_vectors(
         tokens_per_row: token budget of one forward.
         progress: told the context tokens of each finished row.
 
-    Returns:
-        Vectors [P, D] in the order of the reads, and offsets [len(reads) + 1] into them.
-
     Raises:
-        ValueError: a vector is zero or not finite, or a position lies outside its context.
+        ValueError: a position lies outside its context.
     """
-    offsets = np.cumsum([0, *(len(read.positions) for read in reads)])
-    device = next(model.parameters()).device
-    vectors_PD = torch.empty(int(offsets[-1]), arch.d_model, dtype=model.dtype, device=device)
-    contexts, context_of_read = distinct_contexts(
-        [read.context_ids for read in reads], share_prefixes=arch.attention_only
-    )
-    for index, read in enumerate(reads):
-        if len(read.positions) and not 0 <= read.positions.min() <= read.positions.max() < len(read.context_ids):
-            raise ValueError(
-                f"read {index}: positions {read.positions.min()}..{read.positions.max()} of a context of {len(read.context_ids)} tokens"
-            )
-    wanted = Wanted(
-        contexts=np.repeat(context_of_read, np.diff(offsets)),
-        layers=np.concatenate([read.layers for read in reads]),
-        positions=np.concatenate([read.positions for read in reads]),
-    )
-    with as_target(model):
-        for _, here, resid_KD in collected(
-            model, arch, contexts, wanted, tokens_per_row=tokens_per_row, progress=progress
-        ):
-            vectors_PD[torch.from_numpy(here).to(device)] = resid_KD.to(device)
-    check_vectors(vectors_PD, "activations of the target")
-    return vectors_PD, offsets
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: Arch,
+        reads: Sequence[Read],
+        *,
+        tokens_per_row: int = 8192,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        for index, read in enumerate(reads):
+            if len(read.positions) and not 0 <= read.positions.min() <= read.positions.max() < len(read.context_ids):
+                raise ValueError(
+                    f"read {index}: positions {read.positions.min()}..{read.positions.max()} of a context of {len(read.context_ids)} tokens"
+                )
+        self.offsets = np.cumsum([0, *(len(read.positions) for read in reads)])
+        """[len(reads) + 1], into the vectors."""
+        contexts, context_of_read = distinct_contexts(
+            [read.context_ids for read in reads], share_prefixes=arch.attention_only
+        )
+        wanted = Wanted(
+            contexts=np.repeat(context_of_read, np.diff(self.offsets)),
+            layers=np.concatenate([read.layers for read in reads]),
+            positions=np.concatenate([read.positions for read in reads]),
+        )
+        self._as_target = as_target(model)
+        self._rows = collected(model, arch, contexts, wanted, tokens_per_row=tokens_per_row, progress=progress)
+        device = next(model.parameters()).device
+        self._vectors_PD = torch.empty(int(self.offsets[-1]), arch.d_model, dtype=model.dtype, device=device)
+
+    def row(self) -> bool:
+        """Run the next row; False where none is left. A GPU may still be at it behind this."""
+        with self._as_target:
+            row = next(self._rows, None)
+        for _, here, resid_KD in row or ():
+            device = self._vectors_PD.device
+            self._vectors_PD[to_device(here, device)] = resid_KD.to(device)
+        return row is not None
+
+    def vectors(self) -> torch.Tensor:
+        """Run what is left, and give the vectors [P, D] in the order of the reads.
+
+        Raises:
+            ValueError: a vector is zero or not finite.
+        """
+        while self.row():
+            pass
+        check_vectors(self._vectors_PD, "activations of the target")
+        return self._vectors_PD
+
+
+def read_vectors(
+    model: PreTrainedModel,
+    arch: Arch,
+    reads: Sequence[Read],
+    *,
+    tokens_per_row: int = 8192,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The vectors [P, D] of a `Reading` at once, and its offsets [len(reads) + 1] into them."""
+    reading = Reading(model, arch, reads, tokens_per_row=tokens_per_row, progress=progress)
+    return reading.vectors(), reading.offsets
 
 
 def distinct_contexts(contexts: Sequence[np.ndarray], *, share_prefixes: bool) -> tuple[list[np.ndarray], np.ndarray]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -35,7 +36,7 @@ from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split
 from ao.training.identity import identity_of, require_same_run, tell_changes, versions
-from ao.training.lookahead import look_ahead
+from ao.training.lookahead import LookAhead
 from ao.training.meter import Meter
 from ao.training.record import as_followed, write_run
 from ao.training.selftest import check_learner
@@ -48,7 +49,7 @@ from ao.training.state import (
     prune,
     save_checkpoint,
 )
-from ao.training.step import Learner, learning_rate
+from ao.training.step import Learner, StepResult, Underway, learning_rate
 from ao.training.tracking import Log, new_id, require_trackers
 
 log = logging.getLogger(__name__)
@@ -167,12 +168,51 @@ def _loop(
     losses = run.losses
     padded = not learner.arch.attention_only
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not (progress and here.first))
+    stopping = threading.Event()
     scores: HeldOut | None = None
     last_scored: dict[str, Any] | None = None
 
-    def ahead(points: list[Datapoint]) -> dict[str, Any]:
-        with meter.timing("target"):
-            return look_ahead(target, target_arch, points, config, cache, progress=meter.context_tokens)
+    def looking(points: list[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
+        return LookAhead(target, target_arch, points, config, cache, progress=meter.context_tokens, stream=stream)
+
+    def launched() -> Iterator[tuple[int, Underway]]:
+        """The steps, each with how many are done behind it; contexts of the window behind a step's are run meanwhile."""
+        coming = windows(training, config, here, padded, run.step)
+
+        def begun() -> tuple[int, list[list[list[Datapoint]]], LookAhead] | None:
+            if (found := meter.waited(coming)) is None:
+                return None
+            first, window = found
+            with meter.timing("target"):
+                return first, window, looking(_points(window), learner.aside)
+
+        following, tested = begun(), False
+        while following is not None:
+            first, window, contexts = following
+            with meter.timing("target"):
+                vectors = contexts.vectors()
+            following = begun()
+            if not tested:
+                tested = True
+                if shown := _points(window)[:4]:
+                    check_learner(learner, shown, vectors)
+            for step, rows in enumerate(window, first):
+                if step < run.step:
+                    continue  # its contexts are run all the same, so that the window's rows are what they were
+                if following is not None:
+                    with meter.timing("target"):
+                        following[-1].advance()
+                # -- one step: this rank's datapoints, in rows of a token budget --
+                yield step + 1, learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
+                if stopping.is_set():
+                    return
+
+    def is_scored(done: int) -> bool:
+        return scores is not None and (done % config.eval_every == 0 or done == config.steps)
+
+    def is_looked_at(done: int) -> bool:
+        """Whether the adapter as it is behind this step goes somewhere, so that the next one must wait."""
+        return is_scored(done) or bool(config.save_every and done % config.save_every == 0)
 
     def save(step: int) -> None:
         with meter.timing("save"):
@@ -215,63 +255,73 @@ def _loop(
     ):
         if len(held_out):
             points, donors = share_of(held_out, here)
-            vectors = ahead([*points, *donors])
+            with meter.timing("target"):
+                vectors = looking([*points, *donors]).vectors()
             scores = HeldOut(points, donors, vectors, tokens_per_row=config.tokens_per_row, packed=not padded)
-        tested = False
-        coming = windows(training, config, here, padded, run.step)
-        while (step_and_window := meter.waited(coming)) is not None:
-            first, window = step_and_window
-            vectors = ahead([point for rows in window for points in rows for point in points])
-            if not tested:
-                tested = True
-                shown = [point for rows in window for points in rows for point in points][:4]
-                if shown:
-                    check_learner(learner, shown, vectors)
-            for step, rows in enumerate(window, first):
-                if step < run.step:
-                    continue  # its contexts are collected all the same, so that the window's rows are what they were
-                # -- one step: this rank's datapoints, in rows of a token budget --
-                result = learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
-                done = step + 1
-                # -- step done --
-                meter.step(result)
-                if result.skipped:
-                    _require_finite(meter.counts["skipped_steps"], done, config.steps)
-                if done == 1 and here.first:
-                    # A start that fails leaves what an earlier run made; a later --resume must not take that for this one's.
-                    clear(out)
-                losses.append(finite(result.loss))
-                bar.update()
-                due_score = scores is not None and (done % config.eval_every == 0 or done == config.steps)
-                line: dict[str, Any] = {}
-                if due_score or done % config.log_every == 0 or done == config.steps:
-                    norm, rate = finite(result.gradient_norm), learning_rate(step, config)
-                    line = {"loss": losses[-1], "gradient_norm": norm, "learning_rate": rate}
-                    line |= meter.line(ranks=here.world)
-                    bar.set_postfix(loss=f"{result.loss:.3f}")
-                    log.debug("step %d loss %.4f gradient norm %.3g", done, result.loss, result.gradient_norm)
-                best = False
-                if scores is not None and due_score:
-                    with meter.timing("eval"):
-                        scored = scores.score(learner)
-                    line |= scored
-                    last_scored = {"step": done, "datapoints": len(held_out), **scored}
-                    loss = scored["held_out_loss"]
-                    best = loss is not None and (run.best_loss is None or loss < run.best_loss)
-                    if best:
-                        run.best_step, run.best_loss = done, loss
-                        if here.first:
-                            write(record(), out / BEST)
-                if line:
-                    lines.write(done, line)
-                due = config.save_every and (best or done % config.save_every == 0) and done < config.steps
-                if due or (result.stop and done < config.steps):
-                    save(done)
-                if result.stop and done < config.steps:
+        done = saved = run.step
+        for done, result in settled(launched(), is_looked_at, runs_ahead=learner.runs_ahead):
+            meter.step(result)
+            if result.skipped:
+                _require_finite(meter.counts["skipped_steps"], done, config.steps)
+            if done == 1 and here.first:
+                # A start that fails leaves what an earlier run made; a later --resume must not take that for this one's.
+                clear(out)
+            losses.append(finite(result.loss))
+            bar.update()
+            line: dict[str, Any] = {}
+            if is_scored(done) or done % config.log_every == 0 or done == config.steps:
+                norm, rate = finite(result.gradient_norm), learning_rate(done - 1, config)
+                line = {"loss": losses[-1], "gradient_norm": norm, "learning_rate": rate}
+                line |= meter.line(ranks=here.world)
+                bar.set_postfix(loss=f"{result.loss:.3f}")
+                log.debug("step %d loss %.4f gradient norm %.3g", done, result.loss, result.gradient_norm)
+            best = False
+            if scores is not None and is_scored(done):
+                with meter.timing("eval"):
+                    scored = scores.score(learner)
+                line |= scored
+                last_scored = {"step": done, "datapoints": len(held_out), **scored}
+                loss = scored["held_out_loss"]
+                best = loss is not None and (run.best_loss is None or loss < run.best_loss)
+                if best:
+                    run.best_step, run.best_loss = done, loss
                     if here.first:
-                        log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
-                    raise KeyboardInterrupt
+                        write(record(), out / BEST)
+            if line:
+                lines.write(done, line)
+            if config.save_every and (best or done % config.save_every == 0) and done < config.steps:
+                save(done)
+                saved = done
+            if result.stop:
+                stopping.set()
+        if done < config.steps:
+            if saved < done:
+                save(done)
+            if here.first:
+                log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
+            raise KeyboardInterrupt
     return record()
+
+
+def settled(
+    launched: Iterable[tuple[int, Underway]], is_looked_at: Callable[[int], bool], *, runs_ahead: bool
+) -> Iterator[tuple[int, StepResult]]:
+    """The results of steps in their order. Where the host runs ahead of the device, each comes when the next step has been
+    launched, so that the device always has something to do; but at once where the adapter is looked at behind a step."""
+    before: tuple[int, Underway] | None = None
+    for done, underway in launched:
+        if before is not None:
+            yield before[0], before[1].result()
+        before = done, underway
+        if not runs_ahead or is_looked_at(done):
+            yield done, underway.result()
+            before = None
+    if before is not None:
+        yield before[0], before[1].result()
+
+
+def _points(window: list[list[list[Datapoint]]]) -> list[Datapoint]:
+    return [point for rows in window for points in rows for point in points]
 
 
 def _require_finite(skipped: int, done: int, steps: int) -> None:
@@ -354,7 +404,7 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
 
 @contextmanager
 def _signals(here: Ranks) -> Iterator[threading.Event]:
-    """Inside, SIGINT or SIGTERM asks the run to stop after its step; another one some seconds later stops it at once."""
+    """Inside, SIGINT or SIGTERM asks the run to stop after a step or two; another one some seconds later stops it at once."""
     asked, first = threading.Event(), [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -368,7 +418,7 @@ def _signals(here: Ranks) -> Iterator[threading.Event]:
         if not asked.is_set():
             first[0] = time.monotonic()
             if here.first:
-                log.warning("asked to stop: the run saves and ends after its next step; to end it at once, ask again")
+                log.warning("asked to stop: the run saves and ends after a step or two; to end it at once, ask again")
         asked.set()
 
     for number in before:

@@ -497,8 +497,11 @@ def test_vectors_that_are_all_alike_are_told(
     honest = run.collected
 
     def dead(*args: object, **options: object) -> object:
-        for layer, indices, resid_KD in honest(*args, **options):
-            yield layer, indices, resid_KD[:1].expand_as(resid_KD) if layer == LAYERS[1] else resid_KD
+        for row in honest(*args, **options):
+            yield [
+                (layer, indices, resid_KD[:1].expand_as(resid_KD) if layer == LAYERS[1] else resid_KD)
+                for layer, indices, resid_KD in row
+            ]
 
     same, other = Alike(), Alike()
     for value in (0.0, 1.0):
@@ -580,9 +583,10 @@ def test_values_beyond_half_precision_are_refused(
     honest = run.collected
 
     def large(*args: object, **options: object) -> object:
-        for layer, indices, resid_KD in honest(*args, **options):
-            resid_KD[0, 0] = torch.inf  # which is none that was lost
-            yield layer, indices, resid_KD * 1e5
+        for row in honest(*args, **options):
+            for _, _, resid_KD in row:
+                resid_KD[0, 0] = torch.inf  # which is none that was lost
+            yield [(layer, indices, resid_KD * 1e5) for layer, indices, resid_KD in row]
 
     monkeypatch.setattr(run, "collected", large)
     with pytest.raises(ValueError, match=r"layer [13]: values up to .* do not fit F16.*use BF16 or F32"):

@@ -109,6 +109,20 @@ def test_training_takes_a_device_without_a_number(recipe: Recipe, tmp_path: Path
     assert np.isfinite(record["losses"]).all()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_what_the_device_does_meanwhile_changes_nothing(
+    recipe: Recipe, tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts that are run beside steps, and steps that the host does not wait for, against one after the other."""
+    settings = replace(recipe.train, steps=12, window=2, dropout=0.3, log_every=1, optimizer=optimizer, rank=16)
+    chosen = replace(recipe, train=settings)
+    meanwhile = train(chosen, data=recipe.data.out, out=tmp_path / "meanwhile")
+    monkeypatch.setattr(step.Learner, "aside", None)
+    monkeypatch.setattr(step.Learner, "runs_ahead", False)
+    in_turn = train(chosen, data=recipe.data.out, out=tmp_path / "in_turn")
+    np.testing.assert_allclose(meanwhile["losses"], in_turn["losses"], rtol=2e-3)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("recompute", ["on", "off", "auto"])
 def test_a_split_model_is_the_same_model(recipe: Recipe, tmp_path: Path, recompute: str) -> None:

@@ -39,7 +39,7 @@ from ao.models.load import compile_blocks, load_model
 from ao.pack import pack
 from ao.prompt import framer, model_folder
 from ao.push import push
-from ao.residuals import read_vectors
+from ao.residuals import Reading
 from ao.shards import PackedDataset
 from ao.train import train, windows
 from ao.training import step
@@ -383,17 +383,30 @@ def test_dropout_is_on_while_training(plain, packed, tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "skipped"), [({2}, 1), (set(range(STEPS)), None)])
-def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_step_without_a_finite_gradient_is_skipped(optimizer, bad, skipped, packed, tmp_path, monkeypatch):
     calls = iter(range(10**6))
     answer_loss = ao.training.step.answer_loss
 
     def broken(*args):
         return answer_loss(*args) * (math.nan if next(calls) in bad else 1.0)
 
+    step, has_moved = Learner.step, []
+
+    def watched(self, *args, **kwargs):
+        def numbers():
+            return [self.weights.detach().clone(), *map(torch.as_tensor, self.optimizer.state[self.weights].values())]
+
+        before = [each.clone() for each in numbers()]
+        underway = step(self, *args, **kwargs)
+        has_moved.append(not all(map(torch.equal, before, numbers())))
+        return underway
+
+    monkeypatch.setattr(Learner, "step", watched)
     monkeypatch.setattr(ao.training.step, "answer_loss", broken)
     monkeypatch.setattr(ao.train, "check_learner", lambda *_: None)
     # One row a step, so that a call is a step; one bad step in ten is let pass.
-    recipe = recipe_of(steps=10, tokens_per_row=10**6, log_every=1)
+    recipe = recipe_of(steps=10, tokens_per_row=10**6, log_every=1, optimizer=optimizer, rank=16)
     if skipped is None:
         with pytest.raises(RuntimeError, match="gradient was not finite in 2 of the first 2 of 10 steps"):
             train(recipe, data=packed, out=tmp_path / "out", progress=False)
@@ -401,6 +414,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(bad, skipped, packed, tmp_p
         return
     record = train(recipe, data=packed, out=tmp_path / "out", progress=False)
     assert record["skipped_steps"] == 1
+    assert has_moved == [at != 2 for at in range(10)]
     assert [step for step, loss in enumerate(record["losses"]) if loss is None] == [2]
     assert "NaN" not in (tmp_path / "out" / "training.json").read_text()
     log = (tmp_path / "out" / "log.jsonl").read_text()
@@ -580,6 +594,37 @@ def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch, caplog):
     assert found == ["step-000002"]
     record = train(recipe, data=packed, out=tmp_path / "out", resume=True, progress=False)
     assert record["losses"] == losses(packed, tmp_path / "whole")
+
+
+def test_results_that_are_read_a_step_later_are_the_same(packed, tmp_path, monkeypatch):
+    """As on a GPU; scores, checkpoints and a stop are of the adapter behind their own step all the same."""
+    recipe = recipe_of(dropout=0.3, held_out=8, eval_every=4, save_every=3, log_every=1)
+    whole = train(recipe, data=packed, out=tmp_path / "whole", progress=False)
+    step, launches = Learner.step, []
+
+    def signalled(self, *args, **kwargs):
+        launches.append(args)
+        if len(launches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "runs_ahead", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    # The flag is read before the second step, and the third has been launched when that one tells it.
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-000003"]
+    record = train(recipe, data=packed, out=tmp_path / "out", resume=True, progress=False)
+    assert record["losses"] == whole["losses"]
+    assert record["best_held_out"] == whole["best_held_out"]
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+    lines, expected = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("out", "whole")
+    )
+    for name in ("step", "loss", "gradient_norm", "learning_rate", "held_out_loss"):
+        assert [line.get(name) for line in lines] == [line.get(name) for line in expected]
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(packed, tmp_path):
@@ -779,9 +824,9 @@ def test_a_cache_gives_the_losses_of_looking_ahead(share, plain, packed, tmp_pat
 
     def counted(target, arch, reads, **kwargs):
         read.append(len(reads))
-        return read_vectors(target, arch, reads, **kwargs)
+        return Reading(target, arch, reads, **kwargs)
 
-    monkeypatch.setattr(ao.training.lookahead, "read_vectors", counted)
+    monkeypatch.setattr(ao.training.lookahead, "Reading", counted)
     found = losses(packed, tmp_path / "out", cache=str(tmp_path / "acts"))
     assert 0 < sum(read) < plain[0]["examples"] if share > 1 else not read
     assert_allclose(found, plain[0]["losses"], rtol=1e-5)
@@ -839,7 +884,7 @@ def test_a_start_that_fails_leaves_an_earlier_run(fails_at, packed, tmp_path, mo
         raise Killed
 
     # Settings are looked at before the model is loaded, which here cannot be.
-    monkeypatch.setattr(ao.train, "look_ahead" if fails_at == "collecting" else "load_replica", fail)
+    monkeypatch.setattr(ao.train, "LookAhead" if fails_at == "collecting" else "load_replica", fail)
     with pytest.raises({"plan": ValueError, "trackers": ModuleNotFoundError, "collecting": Killed}[fails_at]):
         train(recipe_of(seed=1, **changes), data=packed, out=out, progress=False)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

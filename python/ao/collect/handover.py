@@ -17,6 +17,7 @@ import torch
 
 from ao.collect.sinks import Sink
 from ao.residuals import ROW_TYPES
+from ao.transfer import arrival, to_cpu_memory
 
 PENDING_BYTES = 512 * 2**20
 """What may be under way in CPU memory before the forwards wait for the sinks."""
@@ -74,7 +75,7 @@ class Handover:
         num_bytes = rows_KD.numel() * rows_KD.element_size()
         self._begin(sink)
         self._wait(until=self._pending_bytes - num_bytes)
-        here = _in_cpu_memory(norms_K), _in_cpu_memory(rows_KD), _in_cpu_memory(lost)
+        here = to_cpu_memory(norms_K), to_cpu_memory(rows_KD), to_cpu_memory(lost)
 
         def take() -> None:
             norms_K, rows_KD, lost = here
@@ -101,10 +102,7 @@ class Handover:
             self._open.append(sink)
 
     def _submit(self, work: Callable[[], None], num_bytes: int, device: torch.device) -> None:
-        arrived = None
-        if device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(device))
+        arrived = arrival(device)
 
         def behind_the_device() -> None:
             # A sink that lacks rows must not finish.
@@ -129,10 +127,3 @@ class Handover:
             started = time.perf_counter()
             first.done.result()
             self.blocked_seconds += time.perf_counter() - started
-
-
-def _in_cpu_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy that is on its way, into pinned memory, where it is not there yet."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu().contiguous()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -180,10 +180,10 @@ class Tally:
 
 
 def hand_over(
-    rows: Iterable[tuple[int, np.ndarray, torch.Tensor]], sink: Sink, handover: Handover, tally: Tally
+    rows: Iterable[list[tuple[int, np.ndarray, torch.Tensor]]], sink: Sink, handover: Handover, tally: Tally
 ) -> None:
     """Hand what `ao.residuals.collected` gives of a unit to its sink, which finishes behind it."""
-    for layer, indices, resid_KD in rows:
+    for layer, indices, resid_KD in chain.from_iterable(rows):
         norms_K = resid_KD.float().norm(dim=1)
         tally.alike.setdefault(layer, Alike()).see(resid_KD, norms_K)
         handover.give(sink, layer, indices, resid_KD, norms_K)

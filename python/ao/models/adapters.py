@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,30 +178,42 @@ def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-@contextmanager
-def as_target(model: nn.Module) -> Iterator[None]:
+class as_target:  # noqa: N801 - used as the function it would be
     """Every forward inside runs on the bare base: in eval mode; the adapter is off, which is checked, and comes back after.
+
+    May be entered again and again, for each of many forwards: the model is walked once, and each switch takes a few
+    milliseconds, where those of the libraries walk it and set every parameter, a tenth of a second for a large model.
 
     Raises:
         RuntimeError: a LoRA layer is still on; its reads would be of the oracle's own edits.
     """
-    layers = _lora_layers(model)
-    before, was_training = [layer.disable_adapters for layer in layers], model.training
-    # Switching an adapter on makes it trainable, also one that was frozen.
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        if any(not layer.disable_adapters or layer.merged for layer in layers):
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._layers: list[BaseTunerLayer] = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
+        self._before: list[tuple[list[nn.Module], list[BaseTunerLayer]]] = []
+
+    def __enter__(self) -> None:
+        trained = [module for module in self._modules if module.training]
+        switched_on: list[BaseTunerLayer] = [layer for layer in self._layers if not layer.disable_adapters]
+        self._before.append((trained, switched_on))
+        _set(trained, "training", False)
+        _set(switched_on, "_disable_adapters", True)
+        # PEFT's own switch does this, too, but also freezes the adapter; what it reads is asked for below.
+        if any(not layer.disable_adapters or layer.merged for layer in self._layers):
+            self.__exit__()
             raise RuntimeError("the oracle's adapter cannot be switched off: a layer is merged or ignores the switch")
-        yield
-    finally:
-        model.train(was_training)
-        for layer, was_off in zip(layers, before, strict=True):
-            layer.enable_adapters(not was_off)
-        for parameter, was_trainable in trainable:
-            parameter.requires_grad_(was_trainable)
+
+    def __exit__(self, *error: object) -> None:
+        trained, switched_on = self._before.pop()
+        _set(trained, "training", True)
+        _set(switched_on, "_disable_adapters", False)
+
+
+def _set(objects: Iterable[object], name: str, value: bool) -> None:
+    """Set a plain attribute; a module's own way looks first whether it is a parameter, a buffer or a module."""
+    for each in objects:
+        object.__setattr__(each, name, value)
 
 
 @contextmanager

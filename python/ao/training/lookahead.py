@@ -5,7 +5,8 @@ Shapes: P vectors of a window, K of a datapoint, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -16,36 +17,87 @@ from ao.cache import ActivationCache, context_keys
 from ao.config import TrainConfig
 from ao.injection import check_vectors
 from ao.models.arch import Arch
-from ao.residuals import ROW_TYPES, Read, read_vectors
+from ao.residuals import ROW_TYPES, Read, Reading
 from ao.shards import Datapoint
+from ao.transfer import arrival
+
+ASIDE_TOKENS = 4096
+"""Token budget of a row that runs beside steps. Kernels of a long row keep those of a step waiting, and the host, too, as soon as
+a thousand are waiting; short rows cost the host, which is what steps wait for, as much as long ones."""
 
 
-def look_ahead(
-    target: PreTrainedModel,
-    arch: Arch,
-    points: Sequence[Datapoint],
-    config: TrainConfig,
-    cache: ActivationCache | None = None,
-    *,
-    progress: Callable[[int], object] | None = None,
-) -> dict[str, torch.Tensor]:
-    """The vectors of datapoints by id, each [K, D]: what the cache holds, and of the rest each distinct context is run
-    once, adapter off, for all its layers and examples."""
-    vectors: dict[str, torch.Tensor] = {}
-    missing = points
-    if cache is not None and points:
-        vectors = from_cache(cache, points, dtype=target.dtype, device=next(target.parameters()).device)
-        missing = [point for point in points if point.id not in vectors]
-    if missing:
-        reads = [Read(point.context_ids, point.layers, point.read_positions) for point in missing]
+class LookAhead:
+    """The vectors of a window's datapoints: what the cache holds, and of the rest each distinct context is run once, adapter
+    off, for all its layers and examples.
+
+    Given a `stream`, contexts are run there, row by row, while the steps before the window run on the current one: a step's
+    many small kernels leave a GPU idle, as the host launches them no faster, and a row of contexts fills the gaps.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        arch: Arch,
+        points: Sequence[Datapoint],
+        config: TrainConfig,
+        cache: ActivationCache | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._stream = stream
+        self._row_done: torch.cuda.Event | None = None
+        self._is_launched = False
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._missing = points
+        self._reading: Reading | None = None
+        with self._aside():
+            if cache is not None and points:
+                self._vectors = from_cache(cache, points, dtype=target.dtype, device=next(target.parameters()).device)
+                self._missing = [point for point in points if point.id not in self._vectors]
+            if self._missing:
+                reads = [Read(point.context_ids, point.layers, point.read_positions) for point in self._missing]
+                tokens_per_row = config.context_tokens_per_row
+                if stream is not None:
+                    tokens_per_row = min(tokens_per_row, ASIDE_TOKENS)
+                self._reading = Reading(target, arch, reads, tokens_per_row=tokens_per_row, progress=progress)
+
+    def advance(self) -> None:
+        """Launch the next row, unless the device is still at the one before; without a stream of its own that can wait."""
+        if self._reading is None or self._stream is None or self._is_launched:
+            return
+        # More of them would fill the stream's queue, and the host would wait.
+        if self._row_done is not None and not self._row_done.query():
+            return
+        with self._aside():
+            self._is_launched = not self._reading.row()
+            self._row_done = arrival(self._stream.device)
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """The vectors by the datapoint's id, each [K, D]; what is left is run first.
+
+        Raises:
+            ValueError: a vector is zero or not finite.
+        """
+        vectors = dict(self._vectors)
+        if self._reading is not None:
+            with self._aside():
+                vectors_PD = self._reading.vectors()
+            for point, (first, end) in zip(self._missing, pairwise(self._reading.offsets), strict=True):
+                vectors[point.id] = vectors_PD[first:end]
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for vectors_KD in vectors.values():
+                # Their memory is the other stream's, which must not use it again before this one is done with it.
+                vectors_KD.record_stream(current)
+        return vectors
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
         # Compiled blocks would compile again for every length of a row of contexts; such rows keep a GPU busy as it is.
-        with torch.compiler.set_stance("force_eager"):
-            vectors_PD, offsets = read_vectors(
-                target, arch, reads, tokens_per_row=config.context_tokens_per_row, progress=progress
-            )
-        for point, first, end in zip(missing, offsets, offsets[1:], strict=False):
-            vectors[point.id] = vectors_PD[first:end]
-    return vectors
+        with torch.compiler.set_stance("force_eager"), torch.cuda.stream(self._stream):
+            yield
 
 
 def from_cache(

@@ -27,6 +27,7 @@ from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recomput
 from ao.models.lora import LeanLora, cast_ahead, lean_forward
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
+from ao.transfer import Streams, arrival, to_cpu_memory, to_device
 
 Rows = Sequence[Sequence[Datapoint]]
 """The datapoints of a step on this rank, by row; a row is one forward pass."""
@@ -58,6 +59,32 @@ class StepResult:
     """Whether a rank was asked to stop."""
 
 
+class Underway:
+    """A step that a GPU may still be at. Its result is on its way to CPU memory: who asks for it one step later waits for
+    nothing, and the host has launched the next step meanwhile."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        """`numbers`: the gradient's norm and what `Learner.backward` returns, float64 [8] on the device."""
+        self._numbers = to_cpu_memory(numbers)
+        self._arrived = arrival(numbers.device)
+
+    def result(self) -> StepResult:
+        """What the step did; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, loss_sum, divisor, answer_tokens, input_tokens, examples, recomputed, stopping = self._numbers.tolist()
+        return StepResult(
+            loss=loss_sum / divisor,
+            gradient_norm=norm,
+            skipped=not math.isfinite(norm),
+            examples=int(examples),
+            input_tokens=int(input_tokens),
+            answer_tokens=int(answer_tokens),
+            recomputed_tokens=recomputed,
+            stop=stopping > 0,
+        )
+
+
 class Learner:
     """A frozen base with the adapter that is trained, and all that changes with it."""
 
@@ -81,6 +108,7 @@ class Learner:
         self.recompute = recompute
         self.devices = split.devices_of(model)
         """The base's; more than one where it is split."""
+        self._streams = Streams(here.device if len(self.devices) == 1 else torch.device("cpu"))
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
         # Compiled blocks would trace how gradients are added.
@@ -111,14 +139,25 @@ class Learner:
         model.train()
         return cls(model, arch, peft, injector, config, here, recompute, forwards)
 
+    @property
+    def aside(self) -> torch.cuda.Stream | None:
+        """A stream for what a GPU may do where steps leave it idle; None on a CPU, and where the base is split."""
+        return self._streams.aside
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step's result is better asked for when the next one has been launched."""
+        return self.here.device.type == "cuda"
+
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, steps can be made: the model takes packed rows, and the adapter is the active one."""
-        with layout(self.model, self.arch), as_oracle(self.model):
+        """Inside, steps can be made: the model takes packed rows, and the adapter is the active one; a GPU serves them before
+        what is given to `aside`."""
+        with layout(self.model, self.arch), as_oracle(self.model), self._streams.first():
             yield
 
-    def step(self, rows: Rows, vectors: Mapping[str, torch.Tensor], rate: float, *, stop: bool = False) -> StepResult:
-        """One optimizer step.
+    def step(self, rows: Rows, vectors: Mapping[str, torch.Tensor], rate: float, *, stop: bool = False) -> Underway:
+        """One optimizer step; on a GPU it has only been launched behind this. Where the gradient is not finite nothing moves.
 
         Args:
             rows: this rank's datapoints; other ranks call with theirs.
@@ -127,24 +166,18 @@ class Learner:
             stop: whether this rank was asked to stop; all ranks are told in the result.
         """
         sums = self.backward(rows, vectors, stop=stop)
-        loss_sum, divisor, answer_tokens, input_tokens, examples, recomputed, stopping = sums.tolist()
-        norm = float(self.gradient.norm())
-        finite = math.isfinite(norm)
-        if finite:
-            self.gradient *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        norm = self.gradient.norm().double()
+        self.gradient *= (self.config.max_grad_norm / (norm + 1e-12)).clamp(max=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        is_bad = ~norm.isfinite()
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            # How gradient scalers tell it to leave everything as it is, without the host's knowing.
+            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        return StepResult(
-            loss=loss_sum / divisor,
-            gradient_norm=norm,
-            skipped=not finite,
-            examples=int(examples),
-            input_tokens=int(input_tokens),
-            answer_tokens=int(answer_tokens),
-            recomputed_tokens=recomputed,
-            stop=stopping > 0,
-        )
+        elif not is_bad:
+            self.optimizer.step()
+        return Underway(torch.cat([norm[None], sums]))
 
     def backward(self, rows: Rows, vectors: Mapping[str, torch.Tensor], *, stop: bool = False) -> torch.Tensor:
         """The gradient of a step, over all ranks, in `gradient`; no update.
@@ -158,7 +191,7 @@ class Learner:
         for points in rows:
             loss, counts = self.row_loss(points, vectors)
             sums[0] += loss
-            sums[1:] += torch.tensor([*counts, 0], dtype=torch.float64).to(sums.device, non_blocking=True)
+            sums[1:] += to_device(np.array([*counts, 0], dtype=np.float64), sums.device)
         if stop:
             sums[6] += 1
         self.here.sum_(sums)
@@ -189,8 +222,7 @@ class Learner:
             recomputed = self.recompute.blocks(batch.input_ids_BT.numel())
             recompute_blocks(self.arch.layers, recomputed)
         hits = 2 if recomputed > self.injector.layer and recompute_runs_hooks() else 1
-        places_K = torch.from_numpy(places).to(self.here.device, non_blocking=True)
-        with self.injector.injecting(places_K, vectors_KD, hits=hits):
+        with self.injector.injecting(to_device(places, self.here.device), vectors_KD, hits=hits):
             resid_BTD = self.arch.decoder(**batch.model_inputs).last_hidden_state
             self.injector.require_hits(1)
             loss = answer_loss(self.arch, resid_BTD, labels)
