@@ -45,7 +45,7 @@ lint: install ## formatting, lints, types, stub
 # A process for each core, and a thread for each process; what a file of tests shares stays in one.
 test: lint ## everything that CI checks
 	cargo test --release --quiet
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # constraints.txt would ask for the newest again. A line of a .pth file puts .venv behind the floor's own packages.
 $(FLOOR)/.ready: constraints-floor.txt $(BIN)/.ready

@@ -440,7 +440,7 @@ class TrainConfig(Config):
     window: int = 64
     """Steps whose contexts are collected together, each context once."""
     context_tokens_per_row: int = 8192
-    """Token budget of one forward pass of the target, for contexts."""
+    """Token budget of one forward pass of the target, for contexts; of one that runs beside steps on a GPU at most 4,096."""
     loss: Literal["per_token", "per_example_mean"] = "per_token"
     """What a step's loss is the mean over: answer tokens, or examples, each the mean of its own tokens."""
     recompute: Literal["auto", "on", "off"] = "auto"

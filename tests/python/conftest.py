@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from ao.models import arch as archs
 from ao.models.adapters import add_adapter, save_adapter
 from ao.models.load import load_model
 from ao.prompt import framer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: the file that is begun last decides when several processes end."""
+    counts = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
+
 
 SMALL = {
     "vocab_size": 97,
