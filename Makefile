@@ -25,8 +25,10 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet maturin
 	touch $@
 
+# The compiler begins while pip loads libraries, in the way that maturin calls it later; an error of it shows there, too.
 $(BIN)/.built: $(BIN)/.ready $(RUST_SOURCES)
-	$(BIN)/maturin develop --release --quiet
+	cargo build --release --quiet --lib --package ao-py --features extension-module & \
+		$(BIN)/maturin develop --release --quiet; wait
 	touch $@
 
 install: $(BIN)/.built ## make .venv and build the extension in release mode

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from ao.models import arch as archs
 from ao.models.fused import fuse
 from ao.models.split import connect, device_map, devices_of, visible
 from ao.shards import Datapoint
+from ao.train import settled
 from ao.training.lookahead import LookAhead
 from ao.training.meter import PEAK_FLOPS
 from ao.training.step import Learner, Underway
@@ -235,7 +236,6 @@ class Ours(Way):
         data = [self.mine(points) for points in data]
         windows = [data[begin : begin + self.config.window] for begin in range(0, len(data), self.config.window)]
         waits = {"collecting": 0.0, "data_wait": 0.0}
-        steps: list[Underway] = []
 
         def waited(what: str, work: Callable[[], T]) -> T:
             clock = time.perf_counter()
@@ -247,24 +247,23 @@ class Ours(Way):
             points = [point for points in window for point in points]
             return waited("collecting", lambda: self.look_ahead(points, self.learner.aside))
 
-        coming = begun(windows[0])
-        # Of the first window contexts are run before the clock starts, behind the last one once more: in a long run each
-        # window's are run while the steps of the one before it are made.
-        with self.learner.ready():
-            coming.vectors()
-            self.finish()
-            started, cpu, waits = time.perf_counter(), measure.cpu_seconds(), dict.fromkeys(waits, 0.0)
+        def launched(vectors: dict[str, torch.Tensor]) -> Iterator[tuple[int, Underway]]:
             for window, following in pairwise([*windows, windows[0]]):
-                vectors = waited("collecting", coming.vectors)
                 coming = begun(following)
-                for points in window:
+                for done, points in enumerate(window):
                     waited("collecting", coming.advance)
                     rows = waited("data_wait", lambda points=points: self.rows(points))
-                    steps.append(self.learner.step(rows, vectors, RATE))
-                    if len(steps) > 1:
-                        steps[-2].result()
-            waited("collecting", coming.vectors)
-        self.losses = [step.result().loss for step in steps]
+                    yield done, self.learner.step(rows, vectors, RATE)
+                vectors = waited("collecting", coming.vectors)
+
+        # Of the first window contexts are run before the clock starts, and behind the last one once more: in a long run each
+        # window's are run while the steps of the one before it are made.
+        with self.learner.ready():
+            vectors = begun(windows[0]).vectors()
+            self.finish()
+            started, cpu, waits = time.perf_counter(), measure.cpu_seconds(), dict.fromkeys(waits, 0.0)
+            results = settled(launched(vectors), lambda _: False, runs_ahead=self.learner.runs_ahead)
+            self.losses = [result.loss for _, result in results]
         self.finish()
         return {
             "seconds": time.perf_counter() - started,

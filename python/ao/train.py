@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -179,29 +179,30 @@ def _loop(
         """The steps, each with how many are done behind it; contexts of the window behind a step's are run meanwhile."""
         coming = windows(training, config, here, padded, run.step)
 
-        def begun() -> tuple[int, list[list[list[Datapoint]]], LookAhead] | None:
+        def begun() -> _Window | None:
             if (found := meter.waited(coming)) is None:
                 return None
-            first, window = found
             with meter.timing("target"):
-                return first, window, looking(_points(window), learner.aside)
+                return _Window(*found, looking(_points(found[1]), learner.aside))
 
         following, tested = begun(), False
         while following is not None:
-            first, window, contexts = following
+            window = following
             with meter.timing("target"):
-                vectors = contexts.vectors()
+                vectors = window.contexts.vectors()
             following = begun()
             if not tested:
                 tested = True
-                if shown := _points(window)[:4]:
+                if shown := _points(window.steps)[:4]:
                     check_learner(learner, shown, vectors)
-            for step, rows in enumerate(window, first):
+                # What came before the first step says nothing of how long steps take.
+                bar.unpause()
+            for step, rows in enumerate(window.steps, window.first):
                 if step < run.step:
                     continue  # its contexts are run all the same, so that the window's rows are what they were
                 if following is not None:
                     with meter.timing("target"):
-                        following[-1].advance()
+                        following.contexts.advance()
                 # -- one step: this rank's datapoints, in rows of a token budget --
                 yield step + 1, learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 if stopping.is_set():
@@ -320,8 +321,18 @@ def settled(
         yield before[0], before[1].result()
 
 
-def _points(window: list[list[list[Datapoint]]]) -> list[Datapoint]:
-    return [point for rows in window for points in rows for point in points]
+class _Window(NamedTuple):
+    """Steps whose contexts are run together."""
+
+    first: int
+    """Number of the first one."""
+    steps: list[list[list[Datapoint]]]
+    """This rank's datapoints, by step and row."""
+    contexts: LookAhead
+
+
+def _points(steps: list[list[list[Datapoint]]]) -> list[Datapoint]:
+    return [point for rows in steps for points in rows for point in points]
 
 
 def _require_finite(skipped: int, done: int, steps: int) -> None:
@@ -404,7 +415,7 @@ def _loaded(recipe: Recipe, here: Ranks, dataset: PackedDataset) -> tuple[PreTra
 
 @contextmanager
 def _signals(here: Ranks) -> Iterator[threading.Event]:
-    """Inside, SIGINT or SIGTERM asks the run to stop after a step or two; another one some seconds later stops it at once."""
+    """Inside, SIGINT or SIGTERM asks the run to stop after the next step or two; another one some seconds later stops it at once."""
     asked, first = threading.Event(), [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -418,7 +429,9 @@ def _signals(here: Ranks) -> Iterator[threading.Event]:
         if not asked.is_set():
             first[0] = time.monotonic()
             if here.first:
-                log.warning("asked to stop: the run saves and ends after a step or two; to end it at once, ask again")
+                log.warning(
+                    "asked to stop: the run saves and ends after the next step or two; to end it at once, ask again"
+                )
         asked.set()
 
     for number in before:

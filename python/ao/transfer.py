@@ -5,7 +5,7 @@ work of which one goes first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ def to_cpu_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def arrival(device: torch.device) -> torch.cuda.Event | None:
-    """What to wait for before copies into CPU memory that were begun up to here may be read; None where they are there."""
+    """What to wait for until the device is done with what it was given up to here, copies into CPU memory among it; None where
+    that is so already."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -35,15 +36,20 @@ def arrival(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-class Streams:
-    """Two streams of a GPU: kernels of the first are served before those of `aside`, which fill what it leaves idle. A CPU has
-    none."""
+def default_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, work goes to a GPU's default stream."""
+    return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
 
-    def __init__(self, device: torch.device) -> None:
+
+class Streams:
+    """Two streams of a GPU: kernels of the first are served before those of `aside`, which fill what it leaves idle. Without a
+    GPU there are none."""
+
+    def __init__(self, device: torch.device | None) -> None:
         self._first: torch.cuda.Stream | None = None
         self.aside: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            # A lower number goes first; the default stream has the highest.
+        if device is not None:
+            # The lower number goes first; 0 is the default.
             self._first, self.aside = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
             # Memory that is free in one stream is not free to another.
             torch.cuda.empty_cache()

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ao.attention import Documents, _short_attention, document_attention, packed_rows
 from ao.batch import lay_out, layout, rows_of
 from ao.models import arch as archs
 from ao.models.adapters import add_adapter, as_oracle, as_target
-from ao.residuals import Read, distinct_contexts, read_vectors, residuals
+from ao.residuals import Read, Reading, distinct_contexts, read_vectors, residuals
 from ao.selftest import check_model
-from conftest import FAMILIES, sequences, small_model
+from conftest import FAMILIES, SMALL, sequences, small_model
 
 LENGTHS = [9, 3, 14, 1, 7]
 
@@ -144,6 +145,52 @@ def test_the_adapter_is_off_while_the_target_is_read(gemma, rng):
     assert gemma.training
 
 
+def test_rows_between_steps_leave_the_learner_as_it_was(gemma, rng):
+    """Rows of contexts and forwards with the adapter take turns."""
+    arch = archs.find(gemma)
+    contexts = sequences(rng, [9, 8, 7, 6])
+    reads = [Read(context, np.array([1, 3]), np.array([len(context) - 1, 0])) for context in contexts]
+    expected, _ = read_vectors(gemma, arch, reads)
+    peft = add_adapter(gemma, rank=4, alpha=8, dropout=0.5)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    gemma.train()
+    arch.layers[2].eval()
+
+    def state():
+        trained = [module.training for module in gemma.modules()]
+        return trained, [parameter.requires_grad for parameter in gemma.parameters()]
+
+    def step():
+        torch.manual_seed(0)
+        ids = torch.from_numpy(contexts[0])[None]
+        with as_oracle(gemma):
+            gemma(input_ids=ids, use_cache=False).logits.square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in gemma.parameters() if parameter.requires_grad]
+        gemma.zero_grad()
+        return gradients
+
+    before, alone, rows = state(), step(), 0
+    reading = Reading(gemma, arch, reads, tokens_per_row=9)
+    while reading.row():
+        rows += 1
+        assert state() == before
+        torch.testing.assert_close(step(), alone, rtol=0, atol=0)
+    assert rows == 4
+    torch.testing.assert_close(reading.vectors(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_stays_on_is_refused(gemma):
+    layers = [each for each in add_adapter(gemma, rank=2, alpha=2, dropout=0.0).modules() if hasattr(each, "merged")]
+    gemma.train()
+    layers[3].merged_adapters.append("oracle")
+    with pytest.raises(RuntimeError, match="cannot be switched off: a layer is merged"), as_target(gemma):
+        pass
+    assert gemma.training
+    assert not any(layer.disable_adapters for layer in layers)
+
+
 def test_modes_are_checked(gemma):
     with pytest.raises(RuntimeError, match="no LoRA layer"), as_oracle(gemma):
         pass
@@ -163,3 +210,15 @@ def test_rows_hold_everything_once_within_the_budget(rng):
     assert all(lengths[row].sum() <= 128 for row in joined)
     assert len(joined) == -(-lengths.sum() // 128) < len(rows)
     assert rows_of([], tokens_per_row=128) == []
+
+
+def test_embeddings_that_a_forward_writes_over_are_known(gemma):
+    """Phi 3 turns long contexts by other frequencies, in a buffer that two forwards at once would share."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = CONFIG_MAPPING["phi3"](**SMALL, rope_parameters=rope, original_max_position_embeddings=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = [each.clone() for each in model.buffers()]
+    model(input_ids=torch.arange(1, 33)[None], use_cache=False)
+    assert not all(map(torch.equal, before, model.buffers()))
+    assert archs.forward_writes(model)
+    assert not archs.forward_writes(gemma)

@@ -26,7 +26,7 @@ ROWS = [
     {"injection", "attention"},
     {"models"},
     {"prompt", "sources", "probes", "card"},
-    {"manifest", "user_cache"},
+    {"manifest", "user_cache", "transfer"},
     {"config"},
     {"_ao"},
 ]

@@ -598,7 +598,7 @@ def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch, caplog):
 
 def test_results_that_are_read_a_step_later_are_the_same(packed, tmp_path, monkeypatch):
     """As on a GPU; scores, checkpoints and a stop are of the adapter behind their own step all the same."""
-    recipe = recipe_of(dropout=0.3, held_out=8, eval_every=4, save_every=3, log_every=1)
+    recipe = recipe_of(dropout=0.3, held_out=8, eval_every=4, save_every=5, log_every=1)
     whole = train(recipe, data=packed, out=tmp_path / "whole", progress=False)
     step, launches = Learner.step, []
 

@@ -197,8 +197,8 @@ class as_target:  # noqa: N801 - used as the function it would be
         trained = [module for module in self._modules if module.training]
         switched_on: list[BaseTunerLayer] = [layer for layer in self._layers if not layer.disable_adapters]
         self._before.append((trained, switched_on))
-        _set(trained, "training", False)
-        _set(switched_on, "_disable_adapters", True)
+        _set_plain(trained, "training", False)
+        _set_plain(switched_on, "_disable_adapters", True)
         # PEFT's own switch does this, too, but also freezes the adapter; what it reads is asked for below.
         if any(not layer.disable_adapters or layer.merged for layer in self._layers):
             self.__exit__()
@@ -206,11 +206,11 @@ class as_target:  # noqa: N801 - used as the function it would be
 
     def __exit__(self, *error: object) -> None:
         trained, switched_on = self._before.pop()
-        _set(trained, "training", True)
-        _set(switched_on, "_disable_adapters", False)
+        _set_plain(trained, "training", True)
+        _set_plain(switched_on, "_disable_adapters", False)
 
 
-def _set(objects: Iterable[object], name: str, value: bool) -> None:
+def _set_plain(objects: Iterable[object], name: str, value: bool) -> None:
     """Set a plain attribute; a module's own way looks first whether it is a parameter, a buffer or a module."""
     for each in objects:
         object.__setattr__(each, name, value)

@@ -102,6 +102,16 @@ def layers_in_whole(model: PreTrainedModel) -> str:
     return getattr(model.config, WHOLE_LAYERS, None) or find(model).layers_path
 
 
+def forward_writes(model: nn.Module) -> bool:
+    """Whether a forward changes what another one at the same time would read: rotary embeddings whose frequencies depend on the
+    length of the input are written over at every forward."""
+    kinds: set[str] = set()
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        kinds.update(found.values() if isinstance(found, dict) else [found] if found else [])
+    return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
+
+
 def linears(arch: Arch) -> list[str]:
     """Full names of the linears inside the blocks, in order: what LoRA adapts.
 

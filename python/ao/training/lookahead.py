@@ -6,7 +6,7 @@ Shapes: P vectors of a window, K of a datapoint, D d_model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -31,7 +31,8 @@ class LookAhead:
     off, for all its layers and examples.
 
     Given a `stream`, contexts are run there, row by row, while the steps before the window run on the current one: a step's
-    many small kernels leave a GPU idle, as the host launches them no faster, and a row of contexts fills the gaps.
+    many small kernels leave a GPU idle, as the host launches them no faster, and a row of contexts fills the gaps. Without one
+    nothing is done before the vectors are asked for.
     """
 
     def __init__(
@@ -45,41 +46,38 @@ class LookAhead:
         progress: Callable[[int], object] | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
+        self._target, self._arch, self._points, self._config, self._cache = target, arch, points, config, cache
+        self._progress = progress
         self._stream = stream
-        self._row_done: torch.cuda.Event | None = None
-        self._is_launched = False
-        self._vectors: dict[str, torch.Tensor] = {}
-        self._missing = points
+        self._cached: dict[str, torch.Tensor] = {}
+        self._missing: Sequence[Datapoint] = ()
         self._reading: Reading | None = None
-        with self._aside():
-            if cache is not None and points:
-                self._vectors = from_cache(cache, points, dtype=target.dtype, device=next(target.parameters()).device)
-                self._missing = [point for point in points if point.id not in self._vectors]
-            if self._missing:
-                reads = [Read(point.context_ids, point.layers, point.read_positions) for point in self._missing]
-                tokens_per_row = config.context_tokens_per_row
-                if stream is not None:
-                    tokens_per_row = min(tokens_per_row, ASIDE_TOKENS)
-                self._reading = Reading(target, arch, reads, tokens_per_row=tokens_per_row, progress=progress)
+        self._tokens = 0
+        self._row_done: torch.cuda.Event | None = None
+        # A longer context is a row of its own, for which no memory is held back.
+        self._is_beside = stream is not None and all(len(point.context_ids) <= ASIDE_TOKENS for point in points)
+        if stream is not None:
+            self._begin()
 
     def advance(self) -> None:
-        """Launch the next row, unless the device is still at the one before; without a stream of its own that can wait."""
-        if self._reading is None or self._stream is None or self._is_launched:
-            return
+        """Launch the next row beside what runs, unless the device is still at the one before."""
         # More of them would fill the stream's queue, and the host would wait.
-        if self._row_done is not None and not self._row_done.query():
+        if not self._is_beside or (self._row_done is not None and not self._row_done.query()):
             return
-        with self._aside():
-            self._is_launched = not self._reading.row()
-            self._row_done = arrival(self._stream.device)
+        if self._reading is not None and self._stream is not None:
+            with self._aside():
+                self._is_beside = self._reading.row()
+                self._row_done = arrival(self._stream.device)
 
     def vectors(self) -> dict[str, torch.Tensor]:
-        """The vectors by the datapoint's id, each [K, D]; what is left is run first.
+        """The vectors by the datapoint's id, each [K, D]; what is left is run first. To be asked for once.
 
         Raises:
             ValueError: a vector is zero or not finite.
         """
-        vectors = dict(self._vectors)
+        if self._stream is None:
+            self._begin()
+        vectors = dict(self._cached)
         if self._reading is not None:
             with self._aside():
                 vectors_PD = self._reading.vectors()
@@ -88,15 +86,38 @@ class LookAhead:
         if self._stream is not None:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
-            for vectors_KD in vectors.values():
+            for vectors_KD in {each.untyped_storage().data_ptr(): each for each in vectors.values()}.values():
                 # Their memory is the other stream's, which must not use it again before this one is done with it.
                 vectors_KD.record_stream(current)
+        if self._progress is not None:
+            # Now they are some steps' work; a checkpoint before those would count them twice.
+            self._progress(self._tokens)
         return vectors
+
+    def _begin(self) -> None:
+        with self._aside():
+            self._missing = self._points
+            if self._cache is not None and self._points:
+                device = next(self._target.parameters()).device
+                self._cached = from_cache(self._cache, self._points, dtype=self._target.dtype, device=device)
+                self._missing = [point for point in self._points if point.id not in self._cached]
+            if self._missing:
+                reads = [Read(point.context_ids, point.layers, point.read_positions) for point in self._missing]
+                tokens_per_row = self._config.context_tokens_per_row
+                if self._is_beside:
+                    tokens_per_row = min(tokens_per_row, ASIDE_TOKENS)
+                self._reading = Reading(
+                    self._target, self._arch, reads, tokens_per_row=tokens_per_row, progress=self._count
+                )
+
+    def _count(self, tokens: int) -> None:
+        self._tokens += tokens
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
         # Compiled blocks would compile again for every length of a row of contexts; such rows keep a GPU busy as it is.
-        with torch.compiler.set_stance("force_eager"), torch.cuda.stream(self._stream):
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with torch.compiler.set_stance("force_eager"), stream:
             yield
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ao.batch import lay_out, layout
@@ -19,6 +20,7 @@ from ao.loss import chunk_of
 from ao.models import split
 from ao.models.adapters import as_oracle
 from ao.models.arch import Arch
+from ao.training.lookahead import ASIDE_TOKENS
 
 PROBE_TOKENS = (64, 128)
 """Tokens of the rows that are measured; what they keep alike, as copies of weights, is not a token's."""
@@ -89,6 +91,8 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
     # fp32 logits and what cap, softmax and their gradients make of them
     loss = 6 * 4 * chunk_of(arch, device) * arch.vocab
     free = [_free_bytes(each) for each in split.devices_of(model)]
+    if device.type == "cuda" and len(free) == 1:
+        coming += _beside_bytes(arch, config)
     if len(free) > 1:
         # Adapter and loss lie on the first; blocks take as much on each as there is on the one that has least.
         room = min(free[0] - coming - loss, *(each - 2 * adapter for each in free[1:]))
@@ -101,6 +105,15 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
         free_bytes=int(free[0]) - coming,
         at_once=len(split.devices_of(model)) > 1,
     )
+
+
+def _beside_bytes(arch: Arch, config: TrainConfig) -> int:
+    """What a row of contexts takes while a step runs: three tensors as wide as the widest linear, and six residuals. Vectors, a
+    dequantized weight, and a target that is wider than the base are left to what `SHARE` holds back."""
+    tokens = min(ASIDE_TOKENS, config.context_tokens_per_row)
+    outputs = [module.out_features for module in arch.layers.modules() if isinstance(module, nn.Linear)]
+    widest = max(outputs, default=4 * arch.d_model)
+    return tokens * arch.head.get_parameter("weight").element_size() * (3 * widest + 6 * arch.d_model)
 
 
 def kept_bytes_per_token(model: PreTrainedModel, arch: Arch, device: torch.device) -> int:

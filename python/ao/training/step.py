@@ -27,7 +27,7 @@ from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recomput
 from ao.models.lora import LeanLora, cast_ahead, lean_forward
 from ao.shards import Datapoint
 from ao.training.recompute import Recompute, choose_recompute
-from ao.transfer import Streams, arrival, to_cpu_memory, to_device
+from ao.transfer import Streams, arrival, default_stream, to_cpu_memory, to_device
 
 Rows = Sequence[Sequence[Datapoint]]
 """The datapoints of a step on this rank, by row; a row is one forward pass."""
@@ -108,7 +108,8 @@ class Learner:
         self.recompute = recompute
         self.devices = split.devices_of(model)
         """The base's; more than one where it is split."""
-        self._streams = Streams(here.device if len(self.devices) == 1 else torch.device("cpu"))
+        alone = here.device.type == "cuda" and len(self.devices) == 1 and not archs.forward_writes(model)
+        self._streams = Streams(here.device if alone else None)
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
         # Compiled blocks would trace how gradients are added.
@@ -141,7 +142,8 @@ class Learner:
 
     @property
     def aside(self) -> torch.cuda.Stream | None:
-        """A stream for what a GPU may do where steps leave it idle; None on a CPU, and where the base is split."""
+        """A stream for what a GPU may do where steps leave it idle; None on a CPU, where the base is split, and where its forward
+        writes what two at once would read."""
         return self._streams.aside
 
     @property
@@ -176,7 +178,9 @@ class Learner:
             self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not is_bad:
-            self.optimizer.step()
+            # bitsandbytes launches on the default stream, whatever the current one is; it has been waited for, and waits itself.
+            with default_stream(self.here.device):
+                self.optimizer.step()
         return Underway(torch.cat([norm[None], sums]))
 
     def backward(self, rows: Rows, vectors: Mapping[str, torch.Tensor], *, stop: bool = False) -> torch.Tensor:
@@ -241,7 +245,8 @@ class Learner:
         try:
             for points in rows:
                 loss, counts = self.row_loss(points, vectors)
-                sums += torch.stack([loss.double(), loss.new_tensor(counts[0], dtype=torch.float64)])
+                sums[0] += loss
+                sums[1:] += to_device(np.array(counts[:1], dtype=np.float64), sums.device)
         finally:
             self.model.train()
         self.here.sum_(sums)
