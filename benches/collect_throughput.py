@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ class Passes:
             units.append(unit.only(np.flatnonzero(kept)))
         return units
 
-    def rows(self, unit: Unit) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
-        """What the target gives of a unit."""
+    def rows(self, unit: Unit) -> Iterator[list[tuple[int, np.ndarray, torch.Tensor]]]:
+        """What the target gives of a unit, row by row."""
         return collected(self.model, self.arch, unit.contexts, unit.wanted, tokens_per_row=TOKENS_PER_ROW)
 
     def run(self, contexts: Sequence[np.ndarray], *, keep: float, write: bool) -> tuple[float, float]:
@@ -162,7 +163,7 @@ class Passes:
             units = self.units(contexts, 1.0)
             self.collect(units, Path(folder))
             for unit in units:
-                for layer, indices, resid_KD in self.rows(unit):
+                for layer, indices, resid_KD in chain.from_iterable(self.rows(unit)):
                     kept.setdefault(layer, []).append((unit.keys()[indices], resid_KD.to(torch.bfloat16).cpu()))
             require_equal(ActivationCache.open(folder), kept)
 

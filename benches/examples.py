@@ -35,6 +35,8 @@ class Setting:
     """Whether ours compiles its blocks."""
     split: bool = False
     """Whether ours spreads its blocks over all GPUs."""
+    optimizer: str = "adamw"
+    """Of ours."""
 
     @property
     def precision(self) -> str:

@@ -3,7 +3,7 @@
 Every rank builds the same shape with random weights, as `train_throughput.py` does. First each number of ranks makes the
 same steps without dropout from the same adapter, and their losses must agree. Then the numbers take turns on the same steps
 with dropout, collecting included. Two more figures say where what is lost goes: one rank alone with its share of a step,
-which no number of ranks can beat, and a reduction of the gradient by itself.
+about the best that so many ranks can do, and a reduction of the gradient by itself.
 
 `python benches/train_scaling.py --ranks 1 2` starts its own processes; under torchrun it takes those that are there.
 """
@@ -53,14 +53,11 @@ class Some(Ranks):
 class Scaled(Ours):
     """A replica that works alone or with some of the others."""
 
-    def __init__(self, setting: Setting, here: Ranks) -> None:
+    def __init__(self, setting: Setting, here: Ranks, counts: Sequence[int]) -> None:
         super().__init__(setting, here)
         self.all = here
-        groups = {count: dist.new_group(list(range(count))) for count in range(2, here.world + 1)}
-        self.some = {
-            count: Some(here.rank, count, here.device, here.local, groups.get(count))
-            for count in range(1, here.world + 1)
-        }
+        groups = {count: dist.new_group(list(range(count))) for count in counts if count > 1}
+        self.some = {count: Some(here.rank, count, here.device, here.local, groups.get(count)) for count in counts}
 
     def with_ranks(self, count: int, data: Sequence[Sequence[Datapoint]]) -> dict[str, float] | None:
         """The time of these steps from the adapter's beginning on; None on a rank that waited."""
@@ -92,7 +89,12 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, help="what is built: cpu, or tiny with --quick")
     parser.add_argument("--residency", choices=("nf4", "nf4-dequantized", "bf16", "fp32"), help="not the shape's own")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks; 1 is always among them")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        help="numbers of ranks; 1, 2, 4 and 8 as far as there are devices; 1 is always among them",
+    )
     parser.add_argument("--examples", type=int, nargs="+", default=[16, 64], help="examples a step")
     parser.add_argument("--steps", type=int, help="timed steps of 16 examples a turn; those of 64 are a fourth as many")
     parser.add_argument("--turns", type=int, help="turns of each number of ranks")
@@ -105,12 +107,13 @@ def main() -> None:
     args.steps = args.steps or (2 if args.quick else 24 if on_gpu else 4)
     args.turns = args.turns or (1 if args.quick else 2)
     args.equal_steps = args.equal_steps or (3 if args.quick else 50 if on_gpu else 8)
-    counts = sorted({1, *args.ranks})
+    world = int(os.environ.get("WORLD_SIZE", "0"))
+    most = world or torch.cuda.device_count() or 2
+    counts = sorted({1, *(args.ranks or (count for count in (2, 4, 8) if count <= most))})
     if any(count % PER_STEP for count in args.examples):
         parser.error(f"--examples: expected multiples of {PER_STEP}, got {args.examples}")
     if any(PER_STEP % count for count in counts):
         parser.error(f"--ranks: expected divisors of {PER_STEP}, got {args.ranks}")
-    world = int(os.environ.get("WORLD_SIZE", "0"))
     if world and counts[-1] > world:
         parser.error(f"--ranks: at most the {world} of torchrun, got {counts}")
     cores = len(os.sched_getaffinity(0))
@@ -129,7 +132,7 @@ def run(setting: Setting, args: argparse.Namespace, counts: Sequence[int]) -> li
     """The measurements of all ranks; the rows on the first."""
     torch.set_num_threads(setting.threads)
     with ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")) as here:
-        scaled = Scaled(setting, here)
+        scaled = Scaled(setting, here, counts)
         agreement = require_equal_losses(scaled, counts, args.equal_steps)
         rows = []
         for examples in args.examples:

@@ -6,7 +6,7 @@ like an oracle's mixture: about 2,900 context and 1,150 input tokens, one of thr
 
 Each way has a process of its own, so that neither sees the other's memory. First both give the loss and the adapter's
 gradient of the same 16 examples without dropout, which must agree; then they take turns on the same steps. Seconds of ours
-include collecting: a window's contexts are run first, and their time is spread over its steps.
+include collecting: contexts of a window are run beside the steps of the one before, and as many windows are run as are stepped through.
 
 MFU counts 4 operations a parameter of the blocks' linears and input token, which is all that a LoRA needs. HFU counts what
 a way runs: 2 more where the blocks are recomputed, and 2 a context token up to the deepest layer read. Padding and
@@ -63,6 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a CPU; all cores")
     parser.add_argument("--cap", type=float, metavar="GIB", help="memory of the GPU that a process of ours may take")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="of ours")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument("--split", action="store_true", help="ours with its blocks spread over all GPUs")
     parser.add_argument("--only", choices=("all", "time", "long"), default="all", help="part of the measurements")
@@ -80,7 +81,7 @@ def main() -> None:
     setting = Setting(
         shape=args.shape, residency=args.residency or SHAPES[args.shape].precision, recompute=args.recompute,
         dropout=args.dropout, shared=args.shared, tokens_per_row=args.tokens_per_row, ranks=args.ranks, threads=args.threads, cap=args.cap,
-        compile=args.compile, split=args.split,
+        compile=args.compile, split=args.split, optimizer=args.optimizer,
     )  # fmt: skip
     rows = []
     if args.only != "long":
@@ -155,7 +156,8 @@ def results(
     }
     note = (
         f"{about['ours']['where']}, {about['ours']['parameters'] / 1e6:,.0f} M parameters, {setting.residency}, "
-        f"recompute {about['ours']['recompute']}, compiled {setting.compile}, split {setting.split}, LoRA dropout {setting.dropout}, "
+        f"recompute {about['ours']['recompute']}, {setting.optimizer}, "
+        f"compiled {setting.compile}, split {setting.split}, LoRA dropout {setting.dropout}, "
         f"examples a context {setting.shared}, "
         f"rows of {setting.tokens_per_row}, ranks {setting.ranks}, CPU threads {setting.threads}, cap {setting.cap} GiB; "
         f"{len(turns)} turns of {timings['ours'][0]['steps']} steps, card's way {timings['recipe'][0]['steps']}; a step has "

@@ -27,10 +27,9 @@ from ao.models import arch as archs
 from ao.models.fused import fuse
 from ao.models.split import connect, device_map, devices_of, visible
 from ao.shards import Datapoint
-from ao.train import settled
 from ao.training.lookahead import LookAhead
 from ao.training.meter import PEAK_FLOPS
-from ao.training.step import Learner, Underway
+from ao.training.step import Learner, Underway, settled
 from examples import PER_STEP, Setting, drawn, long_example
 from recipe import Recipe
 from shapes import SHAPES, built
@@ -206,6 +205,7 @@ class Ours(Way):
         fuse(self.model, compiled=setting.compile)
         self.config = TrainConfig(
             learning_rate=RATE,
+            optimizer=setting.optimizer,
             dropout=setting.dropout,
             tokens_per_row=setting.tokens_per_row,
             context_tokens_per_row=setting.tokens_per_row,

@@ -336,6 +336,7 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
     except (ValueError, FileNotFoundError) as error:
         _fail(error, 2, as_json)
     try:
+        _require_one_process(command)
         result = handlers[type(command)](command)
     except (
         *(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IndexError),
@@ -364,6 +365,16 @@ def _run(commands: dict[str, type], args: list[str], *, program: str) -> None:
             raise SystemExit(1)
         if isinstance(command, Inspect) and not result.get("ok", True):
             raise SystemExit(1)
+
+
+def _require_one_process(command: object) -> None:
+    """Refuse ranks where each would do all of the work, and write the same files."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and not isinstance(command, Train | Collect):
+        raise ValueError(
+            f"{type(command).__name__.lower()}: {ranks} ranks were started, but only train and collect share their work among "
+            "ranks; start one process"
+        )
 
 
 def _fail(error: BaseException, code: int, as_json: bool) -> None:

@@ -45,7 +45,7 @@ class Read:
 def residuals(model: PreTrainedModel, arch: Arch, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Residuals of a batch at the output of some blocks.
 
-    Must run inside `as_target` where the model carries an oracle adapter; `read_vectors` does so.
+    Must run inside `as_target` where the model carries an oracle adapter; `Reading` does so.
 
     Args:
         model: the target.

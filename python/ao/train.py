@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,7 +49,7 @@ from ao.training.state import (
     prune,
     save_checkpoint,
 )
-from ao.training.step import Learner, StepResult, Underway, learning_rate
+from ao.training.step import Learner, Underway, learning_rate, settled
 from ao.training.tracking import Log, new_id, require_trackers
 
 log = logging.getLogger(__name__)
@@ -302,23 +302,6 @@ def _loop(
                 log.warning("stopped after %d of %d steps; --resume goes on from there", done, config.steps)
             raise KeyboardInterrupt
     return record()
-
-
-def settled(
-    launched: Iterable[tuple[int, Underway]], is_looked_at: Callable[[int], bool], *, runs_ahead: bool
-) -> Iterator[tuple[int, StepResult]]:
-    """The results of steps in their order. Where the host runs ahead of the device, each comes when the next step has been
-    launched, so that the device always has something to do; but at once where the adapter is looked at behind a step."""
-    before: tuple[int, Underway] | None = None
-    for done, underway in launched:
-        if before is not None:
-            yield before[0], before[1].result()
-        before = done, underway
-        if not runs_ahead or is_looked_at(done):
-            yield done, underway.result()
-            before = None
-    if before is not None:
-        yield before[0], before[1].result()
 
 
 class _Window(NamedTuple):

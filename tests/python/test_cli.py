@@ -504,3 +504,13 @@ def test_help_into_a_closed_pipe_is_quiet(command):
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ranks_that_would_share_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "packed"])
+    assert stop.value.code == 2
+    assert "error: inspect: 2 ranks were started, but only train and collect share" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ao.cache import ActivationCache, context_keys
 from ao.config import TrainConfig
 from ao.injection import check_vectors
-from ao.models.arch import Arch
+from ao.models import split
+from ao.models.arch import Arch, forward_writes
 from ao.residuals import ROW_TYPES, Read, Reading
 from ao.shards import Datapoint
 from ao.transfer import arrival
@@ -24,6 +25,11 @@ from ao.transfer import arrival
 ASIDE_TOKENS = 4096
 """Token budget of a row that runs beside steps. Kernels of a long row keep those of a step waiting, and the host, too, as soon as
 a thousand are waiting; short rows cost the host, which is what steps wait for, as much as long ones."""
+
+
+def runs_beside(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether contexts are run beside steps: on one GPU, unless a forward writes what two at once would read."""
+    return device.type == "cuda" and len(split.devices_of(model)) == 1 and not forward_writes(model)
 
 
 class LookAhead:
@@ -56,17 +62,18 @@ class LookAhead:
         self._row_done: torch.cuda.Event | None = None
         # A longer context is a row of its own, for which no memory is held back.
         self._is_beside = stream is not None and all(len(point.context_ids) <= ASIDE_TOKENS for point in points)
+        self._is_launched = False
         if stream is not None:
             self._begin()
 
     def advance(self) -> None:
         """Launch the next row beside what runs, unless the device is still at the one before."""
         # More of them would fill the stream's queue, and the host would wait.
-        if not self._is_beside or (self._row_done is not None and not self._row_done.query()):
+        if not self._is_beside or self._is_launched or (self._row_done is not None and not self._row_done.query()):
             return
         if self._reading is not None and self._stream is not None:
             with self._aside():
-                self._is_beside = self._reading.row()
+                self._is_launched = not self._reading.row()
                 self._row_done = arrival(self._stream.device)
 
     def vectors(self) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from ao.loss import chunk_of
 from ao.models import split
 from ao.models.adapters import as_oracle
 from ao.models.arch import Arch
-from ao.training.lookahead import ASIDE_TOKENS
+from ao.training.lookahead import ASIDE_TOKENS, runs_beside
 
 PROBE_TOKENS = (64, 128)
 """Tokens of the rows that are measured; what they keep alike, as copies of weights, is not a token's."""
@@ -91,7 +91,7 @@ def choose_recompute(model: PreTrainedModel, arch: Arch, config: TrainConfig, de
     # fp32 logits and what cap, softmax and their gradients make of them
     loss = 6 * 4 * chunk_of(arch, device) * arch.vocab
     free = [_free_bytes(each) for each in split.devices_of(model)]
-    if device.type == "cuda" and len(free) == 1:
+    if runs_beside(model, device):
         coming += _beside_bytes(arch, config)
     if len(free) > 1:
         # Adapter and loss lie on the first; blocks take as much on each as there is on the one that has least.

@@ -6,7 +6,7 @@ Shapes: K vectors of a datapoint, D d_model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from ao.models.adapters import add_adapter, as_oracle
 from ao.models.load import adamw8bit, compile_blocks, enable_recompute, recompute_blocks, recompute_runs_hooks
 from ao.models.lora import LeanLora, cast_ahead, lean_forward
 from ao.shards import Datapoint
+from ao.training.lookahead import runs_beside
 from ao.training.recompute import Recompute, choose_recompute
 from ao.transfer import Streams, arrival, default_stream, to_cpu_memory, to_device
 
@@ -60,8 +61,8 @@ class StepResult:
 
 
 class Underway:
-    """A step that a GPU may still be at. Its result is on its way to CPU memory: who asks for it one step later waits for
-    nothing, and the host has launched the next step meanwhile."""
+    """A step that a GPU may still be at. Its result is on its way to CPU memory: who asks for it when the next step has been
+    launched leaves the GPU something to do."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         """`numbers`: the gradient's norm and what `Learner.backward` returns, float64 [8] on the device."""
@@ -83,6 +84,23 @@ class Underway:
             recomputed_tokens=recomputed,
             stop=stopping > 0,
         )
+
+
+def settled(
+    launched: Iterable[tuple[int, Underway]], is_looked_at: Callable[[int], bool], *, runs_ahead: bool
+) -> Iterator[tuple[int, StepResult]]:
+    """The results of steps in their order. Where the host runs ahead of the device, each comes when the next step has been
+    launched, so that the device always has something to do; but at once where the adapter is looked at behind a step."""
+    before: tuple[int, Underway] | None = None
+    for done, underway in launched:
+        if before is not None:
+            yield before[0], before[1].result()
+        before = done, underway
+        if not runs_ahead or is_looked_at(done):
+            yield done, underway.result()
+            before = None
+    if before is not None:
+        yield before[0], before[1].result()
 
 
 class Learner:
@@ -108,8 +126,7 @@ class Learner:
         self.recompute = recompute
         self.devices = split.devices_of(model)
         """The base's; more than one where it is split."""
-        alone = here.device.type == "cuda" and len(self.devices) == 1 and not archs.forward_writes(model)
-        self._streams = Streams(here.device if alone else None)
+        self._streams = Streams(here.device if runs_beside(model, here.device) else None)
         self.weights, self.gradient = _flatten([p for p in peft.parameters() if p.requires_grad])
         self.optimizer = _optimizer(self.weights, config)
         # Compiled blocks would trace how gradients are added.
