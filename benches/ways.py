@@ -10,10 +10,12 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,14 +29,12 @@ from ao.models import arch as archs
 from ao.models.fused import fuse
 from ao.models.split import connect, device_map, devices_of, visible
 from ao.shards import Datapoint
-from ao.training.lookahead import LookAhead
+from ao.training.lookahead import LookAhead, looked_ahead
 from ao.training.meter import PEAK_FLOPS
 from ao.training.step import Learner, Underway, settled
 from examples import PER_STEP, Setting, drawn, long_example
 from recipe import Recipe
 from shapes import SHAPES, built
-
-T = TypeVar("T")
 
 RATE = 1e-4
 
@@ -235,34 +235,38 @@ class Ours(Way):
         """The same of these steps; leaves their losses in `losses`."""
         data = [self.mine(points) for points in data]
         windows = [data[begin : begin + self.config.window] for begin in range(0, len(data), self.config.window)]
-        waits = {"collecting": 0.0, "data_wait": 0.0}
+        waits: dict[str, float] = {}
 
-        def waited(what: str, work: Callable[[], T]) -> T:
+        @contextmanager
+        def timing(what: str) -> Iterator[None]:
             clock = time.perf_counter()
-            result = work()
+            yield
             waits[what] += time.perf_counter() - clock
-            return result
 
-        def begun(window: Sequence[Sequence[Datapoint]]) -> LookAhead:
+        def looking(window: Sequence[Sequence[Datapoint]]) -> LookAhead:
             points = [point for points in window for point in points]
-            return waited("collecting", lambda: self.look_ahead(points, self.learner.aside))
+            return self.look_ahead(points, stream=self.learner.aside, timing=partial(timing, "collecting"))
 
-        def launched(vectors: dict[str, torch.Tensor]) -> Iterator[tuple[int, Underway]]:
-            for window, following in pairwise([*windows, windows[0]]):
-                coming = begun(following)
+        def launched() -> Iterator[tuple[int, Underway]]:
+            # The last one's steps were made at first.
+            for window, vectors, advance in islice(chain([begun], ahead), len(windows)):
                 for done, points in enumerate(window):
-                    waited("collecting", coming.advance)
-                    rows = waited("data_wait", lambda points=points: self.rows(points))
+                    advance()
+                    with timing("data_wait"):
+                        rows = self.rows(points)
                     yield done, self.learner.step(rows, vectors, RATE)
-                vectors = waited("collecting", coming.vectors)
+            next(ahead)
 
         # Of the first window contexts are run before the clock starts, and behind the last one once more: in a long run each
         # window's are run while the steps of the one before it are made.
+        ahead = looked_ahead(iter([*windows, windows[0]]), looking)
         with self.learner.ready():
-            vectors = begun(windows[0]).vectors()
+            waits.update(collecting=0.0, data_wait=0.0)
+            begun = next(ahead)
             self.finish()
-            started, cpu, waits = time.perf_counter(), measure.cpu_seconds(), dict.fromkeys(waits, 0.0)
-            results = settled(launched(vectors), lambda _: False, runs_ahead=self.learner.runs_ahead)
+            started, cpu = time.perf_counter(), measure.cpu_seconds()
+            waits.update(collecting=0.0, data_wait=0.0)
+            results = settled(launched(), lambda _: False, runs_ahead=self.learner.runs_ahead)
             self.losses = [result.loss for _, result in results]
         self.finish()
         return {
@@ -291,9 +295,9 @@ class Ours(Way):
         found = rows_of(lengths, tokens_per_row=self.config.tokens_per_row, packed=self.arch.attention_only)
         return [[points[index] for index in row] for row in found]
 
-    def look_ahead(self, points: Sequence[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
+    def look_ahead(self, points: Sequence[Datapoint], **settings: Any) -> LookAhead:
         """The vectors of some examples, by id, when they are asked for."""
-        return LookAhead(self.model, self.arch, points, self.config, stream=stream)
+        return LookAhead(self.model, self.arch, points, self.config, **settings)
 
 
 def _dealt(place: int, world: int) -> int:

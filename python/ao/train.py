@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -36,7 +36,7 @@ from ao.selftest import check_model
 from ao.shards import Datapoint, PackedDataset, Part
 from ao.training.heldout import HeldOut, share_of, split
 from ao.training.identity import identity_of, require_same_run, tell_changes, versions
-from ao.training.lookahead import LookAhead
+from ao.training.lookahead import LookAhead, looked_ahead
 from ao.training.meter import Meter
 from ao.training.record import as_followed, write_run
 from ao.training.selftest import check_learner
@@ -173,36 +173,24 @@ def _loop(
     last_scored: dict[str, Any] | None = None
 
     def looking(points: list[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
-        return LookAhead(target, target_arch, points, config, cache, progress=meter.context_tokens, stream=stream)
+        timing = partial(meter.timing, "target")
+        progress = meter.context_tokens
+        return LookAhead(target, target_arch, points, config, cache, progress=progress, stream=stream, timing=timing)
 
     def launched() -> Iterator[tuple[int, Underway]]:
-        """The steps, each with how many are done behind it; contexts of the window behind a step's are run meanwhile."""
-        coming = windows(training, config, here, padded, run.step)
-
-        def begun() -> _Window | None:
-            if (found := meter.waited(coming)) is None:
-                return None
-            with meter.timing("target"):
-                return _Window(*found, looking(_points(found[1]), learner.aside))
-
-        following, tested = begun(), False
-        while following is not None:
-            window = following
-            with meter.timing("target"):
-                vectors = window.contexts.vectors()
-            following = begun()
-            if not tested:
-                tested = True
-                if shown := _points(window.steps)[:4]:
+        """The steps, each with how many are done behind it."""
+        coming = meter.waiting(windows(training, config, here, padded, run.step))
+        ahead = looked_ahead(coming, lambda window: looking(_points(window[1]), learner.aside))
+        for index, ((first, window), vectors, advance) in enumerate(ahead):
+            if index == 0:
+                if shown := _points(window)[:4]:
                     check_learner(learner, shown, vectors)
                 # What came before the first step says nothing of how long steps take.
                 bar.unpause()
-            for step, rows in enumerate(window.steps, window.first):
+            for step, rows in enumerate(window, first):
                 if step < run.step:
                     continue  # its contexts are run all the same, so that the window's rows are what they were
-                if following is not None:
-                    with meter.timing("target"):
-                        following.contexts.advance()
+                advance()
                 # -- one step: this rank's datapoints, in rows of a token budget --
                 yield step + 1, learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
                 if stopping.is_set():
@@ -256,8 +244,7 @@ def _loop(
     ):
         if len(held_out):
             points, donors = share_of(held_out, here)
-            with meter.timing("target"):
-                vectors = looking([*points, *donors]).vectors()
+            vectors = looking([*points, *donors]).vectors()
             scores = HeldOut(points, donors, vectors, tokens_per_row=config.tokens_per_row, packed=not padded)
         done = saved = run.step
         for done, result in settled(launched(), is_looked_at, runs_ahead=learner.runs_ahead):
@@ -304,18 +291,8 @@ def _loop(
     return record()
 
 
-class _Window(NamedTuple):
-    """Steps whose contexts are run together."""
-
-    first: int
-    """Number of the first one."""
-    steps: list[list[list[Datapoint]]]
-    """This rank's datapoints, by step and row."""
-    contexts: LookAhead
-
-
-def _points(steps: list[list[list[Datapoint]]]) -> list[Datapoint]:
-    return [point for rows in steps for points in rows for point in points]
+def _points(window: list[list[list[Datapoint]]]) -> list[Datapoint]:
+    return [point for rows in window for points in rows for point in points]
 
 
 def _require_finite(skipped: int, done: int, steps: int) -> None:

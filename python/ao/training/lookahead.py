@@ -6,8 +6,9 @@ Shapes: P vectors of a window, K of a datapoint, D d_model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from ao.models.arch import Arch, forward_writes
 from ao.residuals import ROW_TYPES, Read, Reading
 from ao.shards import Datapoint
 from ao.transfer import arrival
+
+Window = TypeVar("Window")
 
 ASIDE_TOKENS = 4096
 """Token budget of a row that runs beside steps. Kernels of a long row keep those of a step waiting, and the host, too, as soon as
@@ -51,10 +54,13 @@ class LookAhead:
         *,
         progress: Callable[[int], object] | None = None,
         stream: torch.cuda.Stream | None = None,
+        timing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """`progress` is told the context tokens of the window with its vectors; work on it is done inside `timing`."""
         self._target, self._arch, self._points, self._config, self._cache = target, arch, points, config, cache
         self._progress = progress
         self._stream = stream
+        self._timing = timing
         self._cached: dict[str, torch.Tensor] = {}
         self._missing: Sequence[Datapoint] = ()
         self._reading: Reading | None = None
@@ -124,8 +130,29 @@ class LookAhead:
     def _aside(self) -> Iterator[None]:
         # Compiled blocks would compile again for every length of a row of contexts; such rows keep a GPU busy as it is.
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with torch.compiler.set_stance("force_eager"), stream:
+        with self._timing(), torch.compiler.set_stance("force_eager"), stream:
             yield
+
+
+def looked_ahead(
+    windows: Iterator[Window], looking: Callable[[Window], LookAhead]
+) -> Iterator[tuple[Window, dict[str, torch.Tensor], Callable[[], None]]]:
+    """Windows with their vectors, each a window ahead of its steps.
+
+    Args:
+        windows: what is trained on, window by window.
+        looking: begins to look ahead for one.
+
+    Yields:
+        A window, its vectors, and what to call before each of its steps: it advances the window behind it.
+    """
+    following = next(windows, None)
+    contexts = None if following is None else looking(following)
+    while following is not None and contexts is not None:
+        window, vectors = following, contexts.vectors()
+        following = next(windows, None)
+        contexts = None if following is None else looking(following)
+        yield window, vectors, (lambda: None) if contexts is None else contexts.advance
 
 
 def from_cache(

@@ -50,10 +50,15 @@ class Meter:
         finally:
             self.seconds[part] += time.perf_counter() - started
 
-    def waited(self, items: Iterator[T]) -> T | None:
-        """The next item, or None behind the last; the wait for it counts as data."""
-        with self.timing("data"):
-            return next(items, None)
+    def waiting(self, items: Iterator[T]) -> Iterator[T]:
+        """The items; the wait for each counts as data."""
+        while True:
+            with self.timing("data"):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def context_tokens(self, tokens: int) -> None:
         """Context tokens that this rank ran through the target."""
