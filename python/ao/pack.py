@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,20 +18,25 @@ from typing import Any
 
 from ao import _ao
 from ao import sources as readers
-from ao._ao import RULES, Framer, PackWriter, Source
+from ao._ao import Framer, PackWriter, Source
 from ao._ao import merge as merge_parts
+from ao.build_folder import (
+    WHOLE,
+    is_whole,
+    leave,
+    partial_of,
+    put_in_place,
+    require_free,
+    require_parts_of,
+    shards_of,
+)
 from ao.config import DataConfig, ModelConfig, Recipe, SourceConfig, TrainConfig, source_counts, to_dict
-from ao.manifest import canonical_json, read_manifest, sync_folder
+from ao.manifest import canonical_json
 from ao.prompt import framer, identity, resolve_layer
 from ao.shards import PackedDataset
 from ao.summary import summarized
 
 log = logging.getLogger(__name__)
-
-WHOLE = (0, 1)
-"""The only part of a build that is not divided."""
-SHARDS = "shard-*.safetensors"
-"""The finished shards of a folder."""
 
 
 def pack(
@@ -82,7 +86,7 @@ def pack(
         raise ValueError("data.sources is empty; expected at least one [[data.sources]] in the recipe")
     found = _sources(recipe.data, root)
     stamps = _stamps(found, root)
-    partial, surveyed = _partial(out), None
+    partial, surveyed = partial_of(out), None
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_settings, recipe.model, recipe.data)
         if not out.exists() and not partial.exists():
@@ -92,13 +96,13 @@ def pack(
             surveyed = _surveyed(found, recipe.data.seed, root, progress=progress, check=check)
         settings, oracle_framer = loading.result()
     settings = build_settings(**settings, inputs=_inputs(found, root))
-    manifest = _require_free(out, settings)
-    if resume and manifest is not None and _is_whole(out, manifest, settings):
+    manifest = require_free(out, settings)
+    if resume and manifest is not None and is_whole(out, manifest, settings):
         return _summary(manifest, out, oracle_framer, way="was there", seconds=time.perf_counter() - started)
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
     is_new, writer = not partial.exists(), None
-    before, lock = _shards(partial, part), partial / f".lock-{part[0]}-of-{part[1]}"
+    before, lock = shards_of(partial, part), partial / f".lock-{part[0]}-of-{part[1]}"
     is_begun = lock.exists()
     try:
         writer = PackWriter(
@@ -119,17 +123,17 @@ def pack(
         # No other frame knows the writer, so this ends its threads and frees its lock.
         writer = None
         if isinstance(error, _ChangedError):
-            for shard in _shards(partial, part) - before:
+            for shard in shards_of(partial, part) - before:
                 shard.unlink()
-        if not is_begun and _shards(partial, part) == before:
+        if not is_begun and shards_of(partial, part) == before:
             lock.unlink(missing_ok=True)  # or `ao inspect` would count this part among those that were begun
-        _leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
+        leave(partial, keep=not restart and is_worth_it, clear=part == WHOLE and (is_new or restart))
         raise
     now = time.perf_counter()
     seconds = {"seconds": now - started, "packing_seconds": now - packing}
     if part[1] > 1:
         return _part_summary(partial, part, done, oracle_framer, **seconds)
-    _replace(partial, out)
+    put_in_place(partial, out)
     return _summary(manifest, out, oracle_framer, way="packed", done=done, **seconds)
 
 
@@ -146,14 +150,14 @@ def merge(recipe: Recipe, *, out: Path | None = None) -> dict[str, Any]:
     """
     started = time.perf_counter()
     out = Path(recipe.data.out) if out is None else out
-    partial = _partial(out)
+    partial = partial_of(out)
     if not partial.is_dir():
         raise FileNotFoundError(f"{partial} does not exist; build its parts first with --part i/n")
     settings, oracle_framer = _settings(recipe.model, recipe.data)
-    _require_free(out, settings)
-    _require_parts_of(settings, partial)
+    require_free(out, settings)
+    require_parts_of(settings, partial)
     manifest = json.loads(merge_parts(str(partial)))
-    _replace(partial, out)
+    put_in_place(partial, out)
     return _summary(manifest, out, oracle_framer, way="merged", seconds=time.perf_counter() - started)
 
 
@@ -367,95 +371,6 @@ def _require_unchanged(stamps: Mapping[Path, tuple[int, int, int]]) -> None:
             )
 
 
-def _partial(out: Path) -> Path:
-    if out.name in ("", ".."):
-        raise ValueError(
-            f"out {str(out)!r}: expected a folder with a name, made where it does not exist, such as packed"
-        )
-    return out.with_name(out.name + ".partial")
-
-
-def _shards(partial: Path, part: tuple[int, int] = WHOLE) -> set[Path]:
-    """The finished shards of a part."""
-    index, num_parts = part
-    return {shard for shard in partial.glob(SHARDS) if int(shard.stem.rpartition("-")[2]) % num_parts == index}
-
-
-def _leave(partial: Path, *, keep: bool, clear: bool) -> None:
-    """Of a build that stopped, keep the finished shards and say so; where there are none, leave nothing."""
-    num_shards = len(_shards(partial))
-    if num_shards and keep:
-        log.warning("%s keeps %d finished shards; --resume goes on with them", partial, num_shards)
-    elif clear:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _require_free(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished build of the same recipe in `out`, if there is one.
-
-    Raises:
-        FileExistsError: there is something else.
-    """
-    if not out.exists():
-        return None
-    if not (out / "manifest.json").is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            return None
-        raise FileExistsError(f"{out} exists and is no packed data set; choose another --out or remove it")
-    manifest = read_manifest(out / "manifest.json")
-    if difference := _difference(manifest, settings):
-        raise FileExistsError(f"{out} holds a data set with {difference}; choose another --out or remove it")
-    return manifest
-
-
-def _is_whole(out: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether nothing is left to do in `out`, which holds a data set of the same recipe."""
-    if manifest.get("rules") != RULES:
-        # A reader takes it as it is, but built now it would have other bytes.
-        log.warning("%s was built by another version of ao, which makes other datapoints; it is built anew", out)
-        return False
-    if canonical_json(manifest.get("inputs")) != canonical_json(settings["inputs"]):
-        return False
-    try:
-        PackedDataset.open(out)
-    except (FileNotFoundError, ValueError) as error:
-        log.warning("%s; --resume does so now", error)
-        return False
-    return True
-
-
-def _require_parts_of(settings: Mapping[str, Any], partial: Path) -> None:
-    """Refuse parts of another recipe; a merge that was stopped may have left a manifest in their place."""
-    for file in sorted(partial.glob("*.json")):
-        described = read_manifest(file)
-        if difference := _difference(described.get("identity", described), settings):
-            raise ValueError(
-                f"{file} is of a build with {difference}; merge with the recipe and flags that the parts were built with"
-            )
-
-
-def _difference(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """What differs between what a manifest, or a part's identity, records and the settings of a build."""
-    for name in ("config", "oracle", "targets"):
-        old, new = found.get(name), settings[name]
-        if canonical_json(old) != canonical_json(new):
-            old = old if isinstance(old, dict) else {}
-            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-            return f"another {name} (differs in {', '.join(keys)})"
-    return None
-
-
-def _replace(partial: Path, out: Path) -> None:
-    if out.exists():
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
-    sync_folder(out.parent)
-
-
 # Summary
 
 
@@ -497,7 +412,7 @@ def _part_summary(
         "out": str(partial),
         "way": "packed",
         "part": f"{part[0]}/{part[1]}",
-        "shards": len(_shards(partial, part)),
+        "shards": len(shards_of(partial, part)),
         **{name: done[name] for name in (*names, "messages")},
         "engine": oracle_framer.engine,
         **_speed(done, **seconds),
