@@ -9,6 +9,9 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 unexport PYTHONPATH
 
+# The extension's features for every call of cargo: what they depend on is compiled once for all of them.
+UNIFIED := --workspace --features ao-py/extension-module
+
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
 # The oldest transformers, huggingface_hub and PEFT that are supported, in an environment on top of .venv: all else is its.
@@ -38,15 +41,15 @@ demo: install ## train and score an oracle on the embedded demo world (two minut
 
 lint: install ## formatting, lints, types, stub
 	cargo fmt --all --check
-	cargo clippy --release --quiet --workspace --all-targets -- -D warnings
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/ruff check python tests benches
-	$(BIN)/basedpyright --level error
+	cargo clippy --release --quiet $(UNIFIED) --all-targets -- -D warnings & \
+		$(BIN)/basedpyright --level error; wait $$!
 	$(BIN)/python -m mypy.stubtest ao._ao
 
 # A process for each core, and a thread for each process; what a file of tests shares stays in one.
 test: lint ## everything that CI checks
-	cargo test --release --quiet
+	cargo test --release --quiet $(UNIFIED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # constraints.txt would ask for the newest again. A line of a .pth file puts .venv behind the floor's own packages.

@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=7)
 """How long patient ranks wait for each other."""
+START_METHOD = "spawn"
+"""How launched ranks begin: each loads torch for itself, in the environment as it is then."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def launch(function: Callable[..., Result], *args: object, processes: int) -> Re
         (function, args, store.port, processes, torch.get_num_threads()),
         nprocs=processes - 1,
         join=False,
-        start_method="spawn",
+        start_method=START_METHOD,
     )
     try:
         with _environment(0, processes, store.port):

@@ -108,7 +108,7 @@ def train(
             saved = read_manifest(found / "run.json")
             changes = require_same_run(found, saved, identity)
             if here.first:
-                tell_changes(found, saved, changes)
+                tell_changes(found, saved, changes, ranks=here.world)
             run = _Run(**{name: saved[name] for name in ("id", "step", "losses", "best_step", "best_loss", "meter")})
         # What can be wrong with the settings is found before the model is loaded.
         require_trackers(config.track)

@@ -6,7 +6,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import multiprocessing
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+import ao.distributed
 from ao.checkpoint import OracleConfig
 from ao.config import ModelConfig
 from ao.models import arch as archs
@@ -27,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     counts = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ranks_begin_with_torch_loaded() -> Iterator[None]:
+    """Loading it is most of what a launched rank does here: one process does so, and the ranks are its forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            multiprocessing.set_forkserver_preload(["ao.train", "ao.collect.run"])
+            patch.setattr(ao.distributed, "START_METHOD", "forkserver")
+        yield
 
 
 SMALL = {

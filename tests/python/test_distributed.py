@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import active_children
 
+import ao.distributed
 from ao.distributed import PATIENCE, launch, ranks
 
 
@@ -28,7 +29,9 @@ def test_one_process_is_one_rank_and_needs_no_group():
     assert add_up(None) == (1, [1.0], torch.get_num_threads())
 
 
-def test_ranks_add_up_and_leave_nothing_behind():
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_ranks_add_up_and_leave_nothing_behind(start_method, monkeypatch):
+    monkeypatch.setattr(ao.distributed, "START_METHOD", start_method)
     threads = torch.get_num_threads()
     world, found, each = launch(add_up, None, processes=2)
     assert (world, found) == (2, [11.0])

@@ -179,33 +179,35 @@ def names(out):
 def ended(process):
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-def waited(process, reached):
-    while not ended(process) and not reached():
+def killed_at(process, out, count, seconds):
+    # That long after the folder has so many names; nothing happens to a process that has ended.
+    while not ended(process) and len(names(out)) < count:
         time.sleep(0.0002)  # a unit is there after some milliseconds, and a kill is to come among its files
-    return time.monotonic()
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
 
 out = root / "undisturbed"
-process = start(out)
-begun = waited(process, lambda: names(out))
-seconds = waited(process, lambda: "manifest.json" in names(out)) - begun
-assert os.waitpid(process, 0)[1] == 0, (root / "err").read_text()
+assert os.waitpid(start(out), 0)[1] == 0, (root / "err").read_text()
+whole = len(names(out))
 done = amid = turn = 0
-while done < kills:
+# A kill that comes too late, on a machine that has other work, is one more, not one that counts.
+while done < kills or amid < kills // 2 and done < 10 * kills:
     turn += 1
     out = root / f"killed-{turn}"
-    while True:
+    disturbed = True
+    while disturbed:
         before, process = names(out), start(out)
-        if done < kills:
-            # Most of the time goes to loading: wait for the first file, then for a while.
-            end = waited(process, lambda: names(out) != before) + draws.uniform(0, 0.8 * seconds)
-            waited(process, lambda: time.monotonic() >= end)
-            os.kill(process, signal.SIGKILL)
+        # Most of the time goes to loading: wait for names that were not there.
+        killed_at(process, out, len(before) + draws.randrange(1, max(2, whole - len(before))), draws.uniform(0, 0.005))
         status = os.waitpid(process, 0)[1]
         if status == 0:
             break
         assert status == signal.SIGKILL, (root / "err").read_text()
         done += 1
-        amid += "manifest.json" not in names(out) and bool(names(out))
+        amid += "manifest.json" not in names(out) and names(out) != before
+        disturbed = draws.random() < 0.5
+    else:
+        assert os.waitpid(start(out), 0)[1] == 0, (root / "err").read_text()
 print(json.dumps({"kills": done, "amid": amid, "turns": turn}))
 """
 """Forks each `ao collect` from a process that has torch loaded already, of which a kill of a second's run would see little else."""
@@ -248,4 +250,4 @@ sources = [{{ name = "r", kind = "records", path = "{tmp_path}/records.jsonl" }}
     for number, found in enumerate(killed, 1):
         assert found == expected, f"killed-{number}"
     print(f"{told['kills']} kills of ao collect, {told['amid']} of them among units")
-    assert told["amid"] >= max(1, KILLS // 5)
+    assert told["amid"] >= KILLS // 2

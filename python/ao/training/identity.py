@@ -69,8 +69,10 @@ def versions() -> dict[str, str]:
     return {name: version(distribution) for name, distribution in _VERSIONS.items()}
 
 
-def tell_changes(checkpoint: Path, run: Mapping[str, Any], changes: Sequence[str]) -> None:
-    """Tell where a run is resumed with other settings, or under other versions, than it was begun with."""
+def tell_changes(checkpoint: Path, run: Mapping[str, Any], changes: Sequence[str], *, ranks: int) -> None:
+    """Tell where a run is resumed with other settings, on another number of ranks, or under other versions than before."""
+    if run["ranks"] != ranks:
+        changes = [*changes, f"ranks were {run['ranks']}, now {ranks}"]
     if changes:
         but = ", and dropout draws other units" if run["identity"]["train"]["dropout"] else ""
         log.warning("%s: %s; what follows may differ in the last digits%s", checkpoint, "; ".join(changes), but)

@@ -66,16 +66,13 @@ def save_checkpoint(out: Path, learner: Learner, run: Mapping[str, Any]) -> Path
 def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
     """Put a learner into the state of a checkpoint, and give back what was saved with it.
 
+    A rank that was not there when it was written keeps its random state.
+
     Raises:
-        ValueError: it was written by another number of ranks, or by an adapter of another size.
+        ValueError: it was written by an adapter of another size.
     """
     run = read_manifest(folder / "run.json")
     here = learner.here
-    if run["ranks"] != here.world:
-        raise ValueError(
-            f"{folder}: written by {run['ranks']} ranks, resumed with {here.world}; each has a random state of its own, so "
-            f"start {run['ranks']} again"
-        )
     tensors = load_file(folder / "state.safetensors")
     weights = tensors.pop("weights")
     if weights.shape != learner.weights.shape:
@@ -89,6 +86,8 @@ def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
     if state:
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": {0: _nested(state)}, "param_groups": groups})
+    if here.rank >= run["ranks"]:
+        return run
     random = load_file(folder / f"random-{here.rank}.safetensors")
     torch.set_rng_state(random["cpu"])
     states = {_of_device(device, learner.devices): device for device in learner.devices if device.type == "cuda"}
