@@ -67,7 +67,7 @@ soak: fuzz-tools install ## the long counts: 50 kills of builds and of `ao colle
 	AO_KILLS=50 $(BIN)/python -m pytest -s tests/python/test_kill.py
 	AO_KILLS=100 $(BIN)/python -m pytest -s tests/python/test_cache.py -k killed
 	AO_EXAMPLES=5000 $(BIN)/python -m pytest tests/python/test_collect.py -k no_manifest
-	PROPTEST_CASES=2000 cargo test --release --quiet
+	PROPTEST_CASES=2000 cargo test --release --quiet $(UNIFIED)
 	$(MAKE) fuzz
 
 # The tests run the same checks on what fuzzing found, without these tools.
@@ -76,14 +76,14 @@ fuzz-tools:
 		{ echo 'fuzzing needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`' >&2; exit 1; }
 
 fuzz: fuzz-tools ## fuzz every target for SECONDS=60; keeps what it learned in tests/fuzz/corpus
-	AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --release --quiet --test fuzz_findings seeds
+	AO_FUZZ_SEEDS=$(CURDIR)/tests/fuzz/corpus cargo test --release --quiet $(UNIFIED) --test fuzz_findings seeds
 	for target in $$(cargo +nightly fuzz list --fuzz-dir tests/fuzz); do \
 		RAYON_NUM_THREADS=1 cargo +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target -- \
 			-max_total_time=$(or $(SECONDS),60) -timeout=20 -rss_limit_mb=2500 -max_len=6000 -verbosity=0; \
 	done
 
 bench: install ## every benchmark, one table at the end; QUICK=1: does it run?
-	cargo bench --quiet --bench '*' -- --noplot $(if $(QUICK),--quick)
+	cargo bench --quiet $(UNIFIED) --bench '*' -- --noplot $(if $(QUICK),--quick)
 	$(BIN)/python benches/table.py $(if $(QUICK),--quick)
 
 clean: ## remove what was built, not what was trained
