@@ -1,8 +1,8 @@
 """Ranks with a replica in 4 bits each, from a checkpoint: how long they take to start, and `ao collect` on them, in one run.
 
 A checkpoint of a shape is written once, with random weights and the demo's tokenizer. Each number of ranks loads it twice,
-first with nothing kept: one of several may read the original then, none of them the second time, and all hold the same
-numbers as one rank by itself, which keeps nothing. Then the numbers take turns at the same texts, every position at three layers, and the
+first with nothing kept: one of several may read the original then, none of them the second time, and all hold the numbers of
+a rank by itself, which keeps nothing. Then they take turns at the same contexts, every position at three layers, and the
 caches must be the same bytes. `--blocks 10` makes a large shape's checkpoint small enough for a small disk.
 """
 
