@@ -84,7 +84,7 @@ def main() -> None:
     for count in counts:
         first, again = (start["seconds"] for start in starts[count])
         peers = {"one_rank": starts[1][0]["seconds"]} if count > 1 else {}
-        note = f"{size / 1e9:.1f} GB of bf16 to {args.precision}; {again:.3g} when all has been read before"
+        note = f"{size / 1e6:,.0f} MB of bf16 to {args.precision}; {again:.3g} when all has been read before"
         rows.append(measure.row(f"start/ranks_{count}", "s", first, peers=peers, more_is_better=False, note=note))
     for count in counts:
         tokens = statistics.median(speed[count])
