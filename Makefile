@@ -9,8 +9,11 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 unexport PYTHONPATH
 
-# The extension's features for every call of cargo: what they depend on is compiled once for all of them.
+# The extension's features for tests and benches, too: what they depend on is compiled once for all of them.
 UNIFIED := --workspace --features ao-py/extension-module
+
+# A build of another level of optimization than what is asked for now is no build.
+BUILT := $(BIN)/.built$(CARGO_PROFILE_RELEASE_OPT_LEVEL)
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
@@ -29,12 +32,13 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # The compiler begins while pip loads libraries, in the way that maturin calls it later; an error of it shows there, too.
-$(BIN)/.built: $(BIN)/.ready $(RUST_SOURCES)
+$(BUILT): $(BIN)/.ready $(RUST_SOURCES)
 	cargo build --release --quiet --lib --package ao-py --features extension-module & \
 		$(BIN)/maturin develop --release --quiet; wait
+	rm -f $(BIN)/.built*
 	touch $@
 
-install: $(BIN)/.built ## make .venv and build the extension in release mode
+install: $(BUILT) ## make .venv and build the extension in release mode
 
 demo: install ## train and score an oracle on the embedded demo world (two minutes)
 	$(BIN)/ao demo
@@ -44,7 +48,7 @@ lint: install ## formatting, lints, types, stub
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/ruff check python tests benches
 	cargo clippy --release --quiet $(UNIFIED) --all-targets -- -D warnings & \
-		$(BIN)/basedpyright --level error; wait $$!
+		status=0; $(BIN)/basedpyright --level error || status=$$?; wait $$!; exit $$status
 	$(BIN)/python -m mypy.stubtest ao._ao
 
 # A process for each core, and a thread for each process; what a file of tests shares stays in one.

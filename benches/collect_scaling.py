@@ -1,4 +1,4 @@
-"""Ranks with a replica in 4 bits each, from a checkpoint: how long they take to start, and `ao collect` on them, in one run.
+"""Ranks with a replica in 4 bits each: how long these take to load from a checkpoint, and collecting with them, in one run.
 
 A checkpoint of a shape is written once, with random weights and the demo's tokenizer. Each number of ranks loads it twice,
 first with nothing kept: one of several may read the original then, none of them the second time, and all hold the numbers of
@@ -56,7 +56,7 @@ def main() -> None:
     shape = SHAPES[args.shape or ("tiny" if args.quick else "cpu")]
     most = torch.cuda.device_count() or 2
     counts = sorted({1, *(args.ranks or (count for count in (2, 4, 8) if count <= most))})
-    # A CPU rank alone has no more threads than beside the others: what is measured is one device against several.
+    # A rank alone has no more threads than beside the others: what is measured is one device against several.
     threads = max(1, len(os.sched_getaffinity(0)) // counts[-1])
     settings = shape.settings
     if args.blocks:
@@ -70,8 +70,8 @@ def main() -> None:
         save(settings, Path(folder, "model"))
         size = measure.folder_bytes(Path(folder, "model"))
         own = {count: {"ranks": count, "kept": f"{folder}/kept-{count}"} for count in counts}
-        starts = {count: asked(common, what="start", **task) for count, task in own.items()}
-        require_one_reader(starts)
+        loads = {count: asked(common, what="load", **task) for count, task in own.items()}
+        require_one_reader(loads)
         speed: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(args.turns or (1 if args.quick else 2)):
             for count, task in own.items():
@@ -82,10 +82,10 @@ def main() -> None:
                 raise SystemExit("the caches of different numbers of ranks differ")
     rows = []
     for count in counts:
-        first, again = (start["seconds"] for start in starts[count])
-        peers = {"one_rank": starts[1][0]["seconds"]} if count > 1 else {}
+        first, again = (load["seconds"] for load in loads[count])
+        peers = {"one_rank": loads[1][0]["seconds"]} if count > 1 else {}
         note = f"{size / 1e6:,.0f} MB of bf16 to {args.precision}; {again:.3g} when all has been read before"
-        rows.append(measure.row(f"start/ranks_{count}", "s", first, peers=peers, more_is_better=False, note=note))
+        rows.append(measure.row(f"load/ranks_{count}", "s", first, peers=peers, more_is_better=False, note=note))
     for count in counts:
         tokens = statistics.median(speed[count])
         peers = {"one_rank": statistics.median(speed[1])} if count > 1 else {}
@@ -97,20 +97,20 @@ def main() -> None:
 
 
 def asked(common: dict[str, Any], **task: Any) -> Any:
-    """A task in a process of its own, which starts the other ranks."""
+    """A task in a process of its own, which loads the other ranks."""
     print(task, file=sys.stderr, flush=True)
     return measure.child(__file__, "--child", json.dumps(common | task))
 
 
-def require_one_reader(starts: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
-    """Stop unless all replicas are the same and no start of several ranks read the original more often than it must."""
-    digests = {digest for of_count in starts.values() for start in of_count for digest in start["digests"]}
+def require_one_reader(loads: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+    """Stop unless all replicas are the same and no load of several ranks read the original more often than it must."""
+    digests = {digest for of_count in loads.values() for load in of_count for digest in load["digests"]}
     if len(digests) != 1:
-        raise SystemExit(f"replicas differ: {starts}")
-    for count, of_count in starts.items():
-        readers, expected = [start["readers"] for start in of_count], [1, 1] if count == 1 else [1, 0]
+        raise SystemExit(f"replicas differ: {loads}")
+    for count, of_count in loads.items():
+        readers, expected = [load["readers"] for load in of_count], [1, 1] if count == 1 else [1, 0]
         if readers != expected:
-            raise SystemExit(f"{count} ranks: {readers} of them read the original at two starts, expected {expected}")
+            raise SystemExit(f"{count} ranks: {readers} of them read the original at two loads, expected {expected}")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -132,9 +132,9 @@ def save(settings: dict[str, Any], folder: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def start(task: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of two starts: seconds until every rank has its replica, how many read the original, and digests of the replicas."""
-    config, read, starts = config_of(task), [], []
+def loading(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of two loads: seconds until every rank has its replica, how many read the original, and digests of the replicas."""
+    config, read, loads = config_of(task), [], []
 
     def reading(config: ModelConfig, **options: str) -> PreTrainedModel:
         read.append(config.name)
@@ -156,8 +156,8 @@ def start(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             if here.world > 1:
                 dist.all_gather_object(each, own)
             readers, digests = sum(was for was, _ in each), [digest for _, digest in each]
-            starts.append({"seconds": seconds, "readers": readers, "digests": digests})
-    return starts
+            loads.append({"seconds": seconds, "readers": readers, "digests": digests})
+    return loads
 
 
 def digest_of(model: PreTrainedModel) -> str:
@@ -182,7 +182,7 @@ def config_of(task: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(name=task["model"], precision=task["precision"])
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"start": start, "collect": collecting}
+TASKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"load": loading, "collect": collecting}
 
 
 def run(task: dict[str, Any]) -> Any:

@@ -198,7 +198,8 @@ def _training(recipe: Recipe, contract: Mapping[str, Any], record: Mapping[str, 
         )
     if record.get("skipped_steps"):
         yield "skipped steps", f"{record['skipped_steps']:,}, whose gradient was not finite"
-    yield "time", f"{_duration(record['seconds']['total'])} on {_count(record['ranks'], 'process', 'processes')}"
+    ranks = ", then ".join(_count(number, "process", "processes") for number in record.get("ran_on", [record["ranks"]]))
+    yield "time", f"{_duration(record['seconds']['total'])} on {ranks}"
     yield "seed", str(train.seed)
 
 

@@ -110,6 +110,9 @@ def train(
             if here.first:
                 tell_changes(found, saved, changes, ranks=here.world)
             run = _Run(**{name: saved[name] for name in ("id", "step", "losses", "best_step", "best_loss", "meter")})
+            run.ran_on = saved.get("ran_on", [saved["ranks"]])
+        if run.ran_on[-1:] != [here.world]:
+            run.ran_on.append(here.world)
         # What can be wrong with the settings is found before the model is loaded.
         require_trackers(config.track)
         followed = as_followed(recipe, dataset, out, root=Path(root))
@@ -142,6 +145,8 @@ class _Run:
     best_step: int | None = None
     best_loss: float | None = None
     meter: dict[str, Any] | None = None
+    ran_on: list[int] = field(default_factory=list)
+    """Numbers of ranks, one behind the other."""
 
 
 def _loop(
@@ -174,7 +179,7 @@ def _loop(
 
     def looking(points: list[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
         timing = partial(meter.timing, "target")
-        progress = meter.context_tokens
+        progress = meter.see_contexts
         return LookAhead(target, target_arch, points, config, cache, progress=progress, stream=stream, timing=timing)
 
     def launched() -> Iterator[tuple[int, Underway]]:
@@ -192,7 +197,8 @@ def _loop(
                     continue  # its contexts are run all the same, so that the window's rows are what they were
                 advance()
                 # -- one step: this rank's datapoints, in rows of a token budget --
-                yield step + 1, learner.step(rows, vectors, learning_rate(step, config), stop=asked.is_set())
+                contexts, rate = meter.seen_contexts(), learning_rate(step, config)
+                yield step + 1, learner.step(rows, vectors, rate, context_tokens=contexts, stop=asked.is_set())
                 if stopping.is_set():
                     return
 
@@ -214,6 +220,7 @@ def _loop(
                 "best_step": run.best_step,
                 "best_loss": run.best_loss,
                 "meter": meter.state(),
+                "ran_on": run.ran_on,
             }
             save_checkpoint(out, learner, state)
             if here.first:
@@ -227,6 +234,7 @@ def _loop(
             "steps": len(losses),
             "identity": identity,
             "ranks": here.world,
+            "ran_on": list(run.ran_on),
             "versions": versions(),
             "losses": list(losses),
             "held_out": last_scored,

@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def ranks_begin_with_torch_loaded() -> Iterator[None]:
-    """Loading it is most of what a launched rank does here: one process does so, and the ranks are its forks."""
+    """Loading it is most of what a launched rank does here: one process does so, and the ranks are its forks.
+
+    They have the environment of the first launch. Not where there is a GPU, which libraries ask about when they are loaded:
+    forks could not use it.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        if sys.platform == "linux":
+        if "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available():
             multiprocessing.set_forkserver_preload(["ao.train", "ao.collect.run"])
             patch.setattr(ao.distributed, "START_METHOD", "forkserver")
         yield

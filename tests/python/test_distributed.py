@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from datetime import timedelta
 
@@ -29,7 +30,10 @@ def test_one_process_is_one_rank_and_needs_no_group():
     assert add_up(None) == (1, [1.0], torch.get_num_threads())
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+METHODS = [name for name in ("spawn", "forkserver") if name in multiprocessing.get_all_start_methods()]
+
+
+@pytest.mark.parametrize("start_method", METHODS)
 def test_ranks_add_up_and_leave_nothing_behind(start_method, monkeypatch):
     monkeypatch.setattr(ao.distributed, "START_METHOD", start_method)
     threads = torch.get_num_threads()

@@ -21,6 +21,7 @@ from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+import ao.distributed
 import ao.train
 import ao.training.identity
 import ao.training.lookahead
@@ -33,7 +34,7 @@ from ao.collect.run import collect
 from ao.collect.wanted import units as wanted_units
 from ao.config import Recipe, TrainConfig, load_recipe, parse_recipe
 from ao.demo import world
-from ao.distributed import Ranks, launch
+from ao.distributed import START_METHOD, Ranks, launch
 from ao.loss import labels_of
 from ao.models.adapters import as_target
 from ao.models.load import compile_blocks, load_model
@@ -46,7 +47,7 @@ from ao.train import train, windows
 from ao.training import step
 from ao.training.heldout import share_of, split
 from ao.training.recompute import Recompute
-from ao.training.state import checkpoints
+from ao.training.state import checkpoints, load_checkpoint
 from ao.training.step import Learner, Underway, learning_rate
 from ao.training.tracking import Log
 
@@ -114,7 +115,8 @@ def adapter_bytes(folder: Path) -> bytes:
 # --- the same numbers, however the work is cut -----------------------------------------------------------------------
 
 
-def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path):
+def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ao.distributed, "START_METHOD", START_METHOD)  # as users have it
     record, _ = plain
     run = partial(train, data=packed, out=tmp_path / "two", progress=False)
     both = launch(run, recipe_of(), processes=2)
@@ -122,6 +124,8 @@ def test_two_ranks_give_the_losses_of_one(plain, packed, tmp_path):
     assert_allclose(both["losses"], record["losses"], rtol=1e-6)
     for name in ("examples", "input_tokens", "answer_tokens", "steps"):
         assert both[name] == record[name]
+    # Of all ranks, each of which runs a context that it reads.
+    assert record["context_tokens"] <= both["context_tokens"] < 2 * record["context_tokens"]
 
 
 @pytest.mark.parametrize("changes", [{"tokens_per_row": 150}, {"tokens_per_row": 1}, {"recompute": "on"}], ids=str)
@@ -599,9 +603,29 @@ def test_a_run_goes_on_with_another_number_of_ranks(plain, packed, tmp_path, cap
     # The signal comes in step 3, step 4 tells of it, and by then step 5 has been launched.
     assert checkpoints(out)[-1].name == "step-000005"
     record = train(recipe, data=packed, out=out, resume=True, progress=False)
-    told = [text.split(": ")[1].split(";")[0] for text in caplog.messages if "ranks were" in text]
-    assert told == ["ranks were 1, now 2", "ranks were 2, now 1"]
+    told = [text.split(": ")[1] for text in caplog.messages if "ranks were" in text]
+    but = "what follows may differ in the last digits"
+    assert told == [f"ranks were 1, now 2; {but}", f"ranks were 2, now 1; {but}"]
     assert_allclose(record["losses"], plain[0]["losses"], rtol=1e-5)
+    assert (record["ranks"], record["ran_on"]) == (1, [1, 2, 1])
+    assert "on 1 process, then 2 processes, then 1 process" in (out / "README.md").read_text()
+
+
+def test_a_rank_that_was_not_there_draws_units_of_its_own(packed, tmp_path):
+    recipe = recipe_of(dropout=0.3, save_every=2)
+    train(recipe, data=packed, out=tmp_path / "out", progress=False)
+    folder = checkpoints(tmp_path / "out")[0]
+    states = []
+    for rank in range(2):
+        here = Ranks(rank=rank, world=2, device=torch.device("cpu"))
+        learner = Learner.of(load_model(recipe.model), recipe.train, here)
+        before = torch.get_rng_state()
+        load_checkpoint(folder, learner)
+        states.append((before, torch.get_rng_state()))
+    (_, resumed), (new, kept) = states
+    assert torch.equal(resumed, load_file(folder / "random-0.safetensors")["cpu"])
+    assert torch.equal(kept, new)
+    assert not torch.equal(kept, resumed)
 
 
 def test_a_signal_saves_and_stops(packed, tmp_path, monkeypatch, caplog):

@@ -38,6 +38,7 @@ class Meter:
             **dict.fromkeys(("examples", "input_tokens", "answer_tokens", "context_tokens", "skipped_steps"), 0),
             "recomputed_tokens": 0.0,
         }
+        self._contexts = 0
         self._clock = time.perf_counter()
         self._last = self._now()
 
@@ -60,14 +61,19 @@ class Meter:
                     return
             yield item
 
-    def context_tokens(self, tokens: int) -> None:
-        """Context tokens that this rank ran through the target."""
-        self.counts["context_tokens"] += tokens
+    def see_contexts(self, tokens: int) -> None:
+        """This rank has run context tokens through the target, which the next step's result counts."""
+        self._contexts += tokens
+
+    def seen_contexts(self) -> int:
+        """Context tokens since this was asked for last."""
+        tokens, self._contexts = self._contexts, 0
+        return tokens
 
     def step(self, result: StepResult) -> None:
         """A step is done."""
         self.counts["recomputed_tokens"] += round(result.recomputed_tokens, 3)
-        for name in ("examples", "input_tokens", "answer_tokens"):
+        for name in ("examples", "input_tokens", "answer_tokens", "context_tokens"):
             self.counts[name] += getattr(result, name)
         self.counts["skipped_steps"] += result.skipped
 
@@ -80,7 +86,8 @@ class Meter:
         # Of a split base each device does its part.
         share = 1 / len(self._devices)
         trained = share * self._per_token * did["input_tokens"] / ranks
-        beside = share * (self._beside[0] * did["recomputed_tokens"] / ranks + self._beside[1] * did["context_tokens"])
+        beside = self._beside[0] * did["recomputed_tokens"] + self._beside[1] * did["context_tokens"]
+        beside *= share / ranks
         line = {
             "examples_per_second": did["examples"] / seconds,
             "tokens_per_second": did["input_tokens"] / seconds,

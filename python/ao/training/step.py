@@ -54,6 +54,8 @@ class StepResult:
     """Tokens of prompts and answers."""
     answer_tokens: int
     """Labelled tokens."""
+    context_tokens: int
+    """Tokens that were run through the target since the step before."""
     recomputed_tokens: float
     """Input tokens, each counted by the share of the blocks that its row recomputed."""
     stop: bool
@@ -65,7 +67,7 @@ class Underway:
     launched leaves the GPU something to do."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        """`numbers`: the gradient's norm and what `Learner.backward` returns, float64 [8] on the device."""
+        """`numbers`: the gradient's norm and what `Learner.backward` returns, float64 [9] on the device."""
         self._numbers = to_cpu_memory(numbers)
         self._arrived = arrival(numbers.device)
 
@@ -73,7 +75,9 @@ class Underway:
         """What the step did; waits for the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        norm, loss_sum, divisor, answer_tokens, input_tokens, examples, recomputed, stopping = self._numbers.tolist()
+        norm, loss_sum, divisor, answer_tokens, input_tokens, examples, recomputed, contexts, stopping = (
+            self._numbers.tolist()
+        )
         return StepResult(
             loss=loss_sum / divisor,
             gradient_norm=norm,
@@ -81,6 +85,7 @@ class Underway:
             examples=int(examples),
             input_tokens=int(input_tokens),
             answer_tokens=int(answer_tokens),
+            context_tokens=int(contexts),
             recomputed_tokens=recomputed,
             stop=stopping > 0,
         )
@@ -175,16 +180,25 @@ class Learner:
         with layout(self.model, self.arch), as_oracle(self.model), self._streams.first():
             yield
 
-    def step(self, rows: Rows, vectors: Mapping[str, torch.Tensor], rate: float, *, stop: bool = False) -> Underway:
+    def step(
+        self,
+        rows: Rows,
+        vectors: Mapping[str, torch.Tensor],
+        rate: float,
+        *,
+        context_tokens: int = 0,
+        stop: bool = False,
+    ) -> Underway:
         """One optimizer step; on a GPU it has only been launched behind this. Where the gradient is not finite nothing moves.
 
         Args:
             rows: this rank's datapoints; other ranks call with theirs.
             vectors: activations by the datapoint's id, each [K, D].
             rate: the learning rate.
+            context_tokens: what this rank has run through the target since the step before, for the result.
             stop: whether this rank was asked to stop; all ranks are told in the result.
         """
-        sums = self.backward(rows, vectors, stop=stop)
+        sums = self.backward(rows, vectors, context_tokens=context_tokens, stop=stop)
         norm = self.gradient.norm().double()
         self.gradient *= (self.config.max_grad_norm / (norm + 1e-12)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
@@ -200,21 +214,21 @@ class Learner:
                 self.optimizer.step()
         return Underway(torch.cat([norm[None], sums]))
 
-    def backward(self, rows: Rows, vectors: Mapping[str, torch.Tensor], *, stop: bool = False) -> torch.Tensor:
+    def backward(
+        self, rows: Rows, vectors: Mapping[str, torch.Tensor], *, context_tokens: int = 0, stop: bool = False
+    ) -> torch.Tensor:
         """The gradient of a step, over all ranks, in `gradient`; no update.
 
         Returns:
-            Float64 [7] on the device: loss sum, what it is divided by, answer tokens, input tokens, examples, recomputed
-            tokens, ranks that were asked to stop.
+            Float64 [8] on the device: loss sum, what it is divided by, answer tokens, input tokens, examples, recomputed
+            tokens, context tokens, ranks that were asked to stop.
         """
         self.gradient.zero_()
-        sums = torch.zeros(7, dtype=torch.float64, device=self.here.device)
+        sums = to_device(np.array([0] * 6 + [context_tokens, stop], dtype=np.float64), self.here.device)
         for points in rows:
             loss, counts = self.row_loss(points, vectors)
             sums[0] += loss
-            sums[1:] += to_device(np.array([*counts, 0], dtype=np.float64), sums.device)
-        if stop:
-            sums[6] += 1
+            sums[1:6] += to_device(np.array(counts, dtype=np.float64), sums.device)
         self.here.sum_(sums)
         self.here.sum_(self.gradient)
         self.gradient /= sums[1].to(self.gradient.dtype)
