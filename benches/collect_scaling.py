@@ -54,8 +54,7 @@ def main() -> None:
         print(json.dumps(run(json.loads(args.child))))
         return
     shape = SHAPES[args.shape or ("tiny" if args.quick else "cpu")]
-    most = torch.cuda.device_count() or 2
-    counts = sorted({1, *(args.ranks or (count for count in (2, 4, 8) if count <= most))})
+    counts = measure.rank_counts(args.ranks, torch.cuda.device_count() or 2)
     # A rank alone has no more threads than beside the others: what is measured is one device against several.
     threads = max(1, len(os.sched_getaffinity(0)) // counts[-1])
     settings = shape.settings

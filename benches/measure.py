@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="small sizes, one repeat: does it run?")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made
+
+
+def rank_counts(asked: Sequence[int] | None, devices: int) -> list[int]:
+    """Numbers of ranks to compare: one, and those that are asked for, or 2, 4 and 8 as far as there are devices."""
+    return sorted({1, *(asked or (count for count in (2, 4, 8) if count <= devices))})
 
 
 def row(

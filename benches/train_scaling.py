@@ -108,8 +108,7 @@ def main() -> None:
     args.turns = args.turns or (1 if args.quick else 2)
     args.equal_steps = args.equal_steps or (3 if args.quick else 50 if on_gpu else 8)
     world = int(os.environ.get("WORLD_SIZE", "0"))
-    most = world or torch.cuda.device_count() or 2
-    counts = sorted({1, *(args.ranks or (count for count in (2, 4, 8) if count <= most))})
+    counts = measure.rank_counts(args.ranks, world or torch.cuda.device_count() or 2)
     if any(count % PER_STEP for count in args.examples):
         parser.error(f"--examples: expected multiples of {PER_STEP}, got {args.examples}")
     if any(PER_STEP % count for count in counts):

@@ -179,7 +179,7 @@ def _loop(
 
     def looking(points: list[Datapoint], stream: torch.cuda.Stream | None = None) -> LookAhead:
         timing = partial(meter.timing, "target")
-        progress = meter.see_contexts
+        progress = meter.add_contexts
         return LookAhead(target, target_arch, points, config, cache, progress=progress, stream=stream, timing=timing)
 
     def launched() -> Iterator[tuple[int, Underway]]:
@@ -197,7 +197,7 @@ def _loop(
                     continue  # its contexts are run all the same, so that the window's rows are what they were
                 advance()
                 # -- one step: this rank's datapoints, in rows of a token budget --
-                contexts, rate = meter.seen_contexts(), learning_rate(step, config)
+                contexts, rate = meter.take_contexts(), learning_rate(step, config)
                 yield step + 1, learner.step(rows, vectors, rate, context_tokens=contexts, stop=asked.is_set())
                 if stopping.is_set():
                     return

@@ -179,11 +179,11 @@ def names(out):
 def ended(process):
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-def killed_at(process, out, count, seconds):
-    # That long after the folder has so many names; nothing happens to a process that has ended.
+def kill(process, out, count):
+    # When the folder has so many names; nothing happens to a process that has ended.
     while not ended(process) and len(names(out)) < count:
         time.sleep(0.0002)  # a unit is there after some milliseconds, and a kill is to come among its files
-    time.sleep(seconds)
+    time.sleep(draws.uniform(0, 0.005))  # not always at a name's first moment, but also between files and within one
     os.kill(process, signal.SIGKILL)
 
 out = root / "undisturbed"
@@ -194,18 +194,16 @@ done = amid = turn = 0
 while (done < kills or amid < max(1, kills // 2)) and turn < 10 * kills:
     turn += 1
     out = root / f"killed-{turn}"
-    disturbed = True
-    while disturbed:
+    for _ in range(draws.choice((1, 1, 2, 3))):
         before, process = names(out), start(out)
         # Most of the time goes to loading: wait for names that were not there.
-        killed_at(process, out, len(before) + draws.randrange(1, max(2, whole - len(before))), draws.uniform(0, 0.005))
+        kill(process, out, len(before) + draws.randrange(1, max(2, whole - len(before))))
         status = os.waitpid(process, 0)[1]
         if status == 0:
             break
         assert status == signal.SIGKILL, (root / "err").read_text()
         done += 1
         amid += "manifest.json" not in names(out) and names(out) != before
-        disturbed = draws.random() < 0.5
     else:
         assert os.waitpid(start(out), 0)[1] == 0, (root / "err").read_text()
 print(json.dumps({"kills": done, "amid": amid, "turns": turn}))

@@ -61,12 +61,12 @@ class Meter:
                     return
             yield item
 
-    def see_contexts(self, tokens: int) -> None:
+    def add_contexts(self, tokens: int) -> None:
         """This rank has run context tokens through the target, which the next step's result counts."""
         self._contexts += tokens
 
-    def seen_contexts(self) -> int:
-        """Context tokens since this was asked for last."""
+    def take_contexts(self) -> int:
+        """Context tokens that no step has counted, which one does now."""
         tokens, self._contexts = self._contexts, 0
         return tokens
 
