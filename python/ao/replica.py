@@ -102,6 +102,8 @@ def _keep(config: ModelConfig, which: str, folder: Path) -> PreTrainedModel:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
+        # Among ranks the library lets only the first of all write, and here whoever came first holds the model.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process  # type: ignore[method-assign]
         # The original's names would be those of a multimodal checkpoint, beside the configuration of its text tower.
         model.save_pretrained(partial, save_original_format=False)
         for file in partial.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
 
 from ao import replica
 from ao.config import ModelConfig
-from ao.distributed import Ranks
+from ao.distributed import Ranks, launch, ranks
 from ao.models.arch import layers_in_whole
 from ao.models.load import load_model
 from ao.replica import load_replica
@@ -96,6 +97,25 @@ def test_one_rank_reads_the_original_and_all_have_its_numbers(
         assert all(torch.equal(found[name], alone[name]) for name in alone)
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not model.training
+
+
+def load_behind_the_other(config: ModelConfig, cache: str) -> tuple[float, float]:
+    """Rank 1 comes first; the sum of rank 0's numbers, and of both."""
+    os.environ["AO_CACHE"] = cache
+    with ranks(CPU) as here:
+        if here.first:
+            here.wait()
+        model = load_replica(config, here)
+        if not here.first:
+            here.wait()
+        own = sum(tensor.double().sum() for tensor in model.state_dict().values())
+        return float(own), float(here.sum_(torch.as_tensor([own])))
+
+
+def test_the_first_to_come_need_not_be_the_first_rank(config: ModelConfig, read: list[str]) -> None:
+    own, both = launch(load_behind_the_other, config, os.environ["AO_CACHE"], processes=2)
+    assert config.name not in read  # here, which is rank 0
+    assert both == 2 * own != 0
 
 
 def test_changed_weights_are_quantized_again(config: ModelConfig, read: list[str]) -> None:
